@@ -1,0 +1,417 @@
+"""What a user can ask for, as frozen dataclasses.
+
+Owns every setting, its default and its meaning; loading of `configs/*.py`; the one typed `replace(config, path, value)`
+behind both command-line overrides and factor levels; the fingerprint. Must not know jax, files of a run, or any stage.
+"""
+
+import dataclasses
+import difflib
+import json
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import pydantic
+
+from natfp_jax.errors import UserError
+from natfp_jax.files import canonical_json, hash_json
+
+__all__ = [
+    "Attribution",
+    "Corpus",
+    "Data",
+    "Experiment",
+    "Factor",
+    "MachineDocs",
+    "Mesh",
+    "Model",
+    "Optimiser",
+    "Perturb",
+    "Run",
+    "Sampling",
+    "Seeds",
+    "Stories",
+    "Study",
+    "TextFolder",
+    "Tfds",
+    "fingerprint",
+    "from_json",
+    "load_study",
+    "override",
+    "replace",
+    "to_json",
+]
+
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
+Positive = Annotated[int, pydantic.Field(gt=0)]
+PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+OpenFraction = Annotated[float, pydantic.Field(gt=0, lt=1)]
+
+
+class Strict:
+    """Configurations refuse fields that they do not have."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+
+# --- the corpus -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MachineDocs(Strict):
+    """Docstrings of the standard library and of the packages that natfp_jax requires, as found on this machine."""
+
+    kind: Literal["machine_docs"] = "machine_docs"
+
+
+@dataclass(frozen=True)
+class TextFolder(Strict):
+    """Every .txt and .jsonl file (also .gz and .zst) below a folder."""
+
+    path: str = ""
+    text_key: str = "text"  # the field of a .jsonl line that holds the document
+    kind: Literal["text_folder"] = "text_folder"
+
+
+@dataclass(frozen=True)
+class Stories(Strict):
+    """Stories from a probabilistic grammar with exact log-probability."""
+
+    count: Positive = 20_000
+    seed: Seed = 0
+    kind: Literal["stories"] = "stories"
+
+
+@dataclass(frozen=True)
+class Tfds(Strict):
+    """Any TFDS name, such as `wiki40b/en` or `c4/en:3.1.0`, prepared already or preparable where there is a network."""
+
+    name: str = ""
+    split: str = "train"
+    text_key: str = "text"
+    data_dir: str | None = None  # None: TFDS's own default
+    kind: Literal["tfds"] = "tfds"
+
+
+Source = Annotated[MachineDocs | TextFolder | Stories | Tfds, pydantic.Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Corpus(Strict):
+    """Where the documents come from and how they become token ids."""
+
+    source: Source = MachineDocs()
+    vocabulary: Positive = 2048  # entries of the byte-level BPE that is trained, special tokens included
+    tokenizer: str | None = None  # a tokenizer.json to use instead of training one
+    tokenizer_bytes: Positive = 32 << 20  # how much training text the BPE is trained on at most
+    validation_fraction: OpenFraction = 0.03  # of the documents
+    prompt_fraction: OpenFraction = 0.25  # of the documents
+    shards: Positive = 8  # files of the token store
+
+
+# --- what decides the weights -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model(Strict):
+    """A pre-norm decoder: RMSNorm, rotary positions, grouped-query attention where `kv_heads` < `heads`."""
+
+    width: Positive = 128
+    layers: Positive = 2
+    heads: Positive = 4
+    kv_heads: Positive | None = None  # None: as many as `heads`
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp_width: Positive | None = None  # None: 8/3 of the width for SwiGLU, 4 times for GELU, rounded up to a multiple of 32
+    tied: bool = True  # the head is the embedding
+    rope_theta: PositiveFloat = 10_000.0
+    norm_epsilon: PositiveFloat = 1e-6
+    init_scale: PositiveFloat = 0.02  # standard deviation of the embedding; matrices have 1 / sqrt(fan in)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are always float32
+
+
+@dataclass(frozen=True)
+class Data(Strict):
+    """Which windows are seen, and how often. Steps follow: windows · epochs / batch."""
+
+    seq_len: Positive = 64
+    windows: Positive = 6400  # the pool: the first so many windows of the store
+    epochs: Positive = 1
+    batch: Positive = 32  # windows a step
+
+
+@dataclass(frozen=True)
+class Optimiser(Strict):
+    """AdamW with clipping, warm-up and a schedule."""
+
+    learning_rate: PositiveFloat = 3e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Fraction = 0.05  # of the steps
+    final: Fraction = 0.1  # the last learning rate as a part of the highest; `constant` ignores it
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1  # on matrices only
+    clip: PositiveFloat = 1.0  # global norm of the gradient
+
+
+@dataclass(frozen=True)
+class Seeds(Strict):
+    """The independent integers that decide the weights."""
+
+    init: Seed = 0
+    order: Seed = 0
+
+
+@dataclass(frozen=True)
+class Perturb(Strict):
+    """The twin control: one initial weight moved by a few units in the last place."""
+
+    parameter: str = "layers/attention/q"
+    index: Annotated[int, pydantic.Field(ge=0)] = 0  # in the flattened parameter
+    ulps: int = 1
+
+
+@dataclass(frozen=True)
+class Experiment(Strict):
+    """Everything that decides the weights."""
+
+    corpus: Corpus = Corpus()
+    model: Model = Model()
+    data: Data = Data()
+    optimiser: Optimiser = Optimiser()
+    seeds: Seeds = Seeds()
+    perturb: Perturb | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole training.
+
+        Raises:
+          UserError: windows · epochs is no multiple of the batch.
+        """
+        seen = self.data.windows * self.data.epochs
+        if seen % self.data.batch:
+            raise UserError(
+                f"steps are not whole: windows {self.data.windows} x epochs {self.data.epochs} / batch {self.data.batch} "
+                f"= {seen / self.data.batch:.2f}; choose windows as a multiple of the batch"
+            )
+        return seen // self.data.batch
+
+
+# --- where and how it runs --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mesh(Strict):
+    """Devices along each axis; `data` = 0 takes what the other axes leave."""
+
+    data: Annotated[int, pydantic.Field(ge=0)] = 0
+    fsdp: Positive = 1
+    tensor: Positive = 1
+
+
+@dataclass(frozen=True)
+class Run(Strict):
+    """Where and how experiments execute; nothing here changes what is computed, and nothing here is in the fingerprint."""
+
+    mesh: Mesh = Mesh()
+    checkpoints: tuple[Fraction, ...] = ()  # fractions of training to keep, besides the start and the end
+    log_every: Positive = 20  # steps
+    validation_windows: Positive = 512  # at most; of the validation documents, evaluated at each kept checkpoint
+    tensorboard: bool = False  # needs the `tensorboard` extra
+
+
+# --- texts and verdicts -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling(Strict):
+    """How texts are drawn."""
+
+    prompts: Positive = 2000
+    prompt_chars: Positive = 50
+    offsets_per_document: Positive = 1  # prompts taken from one document
+    new_tokens: Positive = 48
+    temperature: PositiveFloat = 1.0
+    top_k: Positive | None = None
+    top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    seed: Seed = 0
+    batch: Positive = 512  # texts that are drawn together
+    checkpoints: tuple[Fraction, ...] = (1.0,)  # fractions of training at which every arm is drawn
+
+
+@dataclass(frozen=True)
+class Attribution(Strict):
+    """How texts are attributed."""
+
+    classifiers: tuple[Literal["subwords", "words"], ...] = ("subwords", "words")
+    split_seed: Seed = 0
+    validation_fraction: OpenFraction = 0.1  # of the prompt documents; the classifier's settings are chosen there
+    test_fraction: OpenFraction = 0.4  # of the prompt documents; nothing is chosen there
+    regularisation: tuple[PositiveFloat, ...] = (0.001, 0.01, 0.1, 1.0)  # values of C to choose from
+    permutations: Annotated[int, pydantic.Field(ge=9_999)] = 9_999
+    bootstraps: Annotated[int, pydantic.Field(ge=999)] = 2_000
+
+
+@dataclass(frozen=True)
+class Factor(Strict):
+    """One controlled factor: a field of the experiment and the values that it takes."""
+
+    path: str  # such as "seeds.init" or "model.width"
+    levels: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """The short name: the last part of the path."""
+        return self.path.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Study(Strict):
+    """One base experiment, its factors and controls, and what is done with the models."""
+
+    name: str
+    experiment: Experiment = Experiment()
+    factors: tuple[Factor, ...] = ()
+    design: Literal["crossed", "one_at_a_time"] = "crossed"
+    twin: Perturb | None = None  # adds an arm that differs from the base arm by this alone
+    run: Run = Run()
+    sampling: Sampling = Sampling()
+    attribution: Attribution = Attribution()
+
+
+# --- typed access -----------------------------------------------------------------------------------------------------
+
+Config = TypeVar("Config")
+
+
+def _first_problem(error: pydantic.ValidationError) -> str:
+    problem = error.errors()[0]
+    return problem["msg"][0].lower() + problem["msg"][1:]
+
+
+def replace(config: Config, path: str, value: Any) -> Config:
+    """A copy of `config` with the field at dotted `path` set to `value`, whose type is checked.
+
+    Raises:
+      UserError: there is no such field (the nearest name is suggested), or the value has the wrong type.
+    """
+    return _replace(config, path.split("."), (), lambda annotation: _checked(annotation, value, path))
+
+
+def override(config: Config, assignment: str) -> Config:
+    """Applies one `path=value` of the command line, the value read by the field's type (JSON for tuples and nulls)."""
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise UserError(f"override {assignment!r} is not of the form path=value, such as experiment.seeds.init=3")
+
+    def read(annotation: Any) -> Any:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            return _checked(annotation, text, path, text)
+        try:
+            return _checked(annotation, value, path, text)
+        except UserError as as_json:
+            try:
+                return _checked(annotation, text, path, text)  # text that only looks like JSON, such as the name 3
+            except UserError:
+                raise as_json from None
+
+    return _replace(config, path.split("."), (), read)
+
+
+def _checked(annotation: Any, value: Any, path: str, text: str | None = None) -> Any:
+    # JSON mode: tuples are written as lists and nested dataclasses as objects, and strictness about scalars stays.
+    try:
+        plain = pydantic.TypeAdapter(Any).dump_json(value)
+        return pydantic.TypeAdapter(annotation).validate_json(plain, strict=True)
+    except pydantic.ValidationError as error:
+        got = repr(value) if text is None else repr(text)
+        raise UserError(f"{path}: got {got}, {_first_problem(error)}") from None
+
+
+def _replace(config: Any, parts: list[str], done: tuple[str, ...], read: Any) -> Any:
+    where = ".".join(done) or type(config).__name__
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise UserError(f"{where} is {config!r} and has no field {parts[0]!r}")
+    names = [f.name for f in dataclasses.fields(config)]
+    name, rest = parts[0], parts[1:]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join((*done, near[0]))!r}?" if near else f"its fields are {', '.join(names)}"
+        raise UserError(f"{where} has no field {name!r}: {hint}")
+    if rest:
+        value = _replace(getattr(config, name), rest, (*done, name), read)
+    else:
+        value = read(get_type_hints(type(config), include_extras=True)[name])
+    return dataclasses.replace(config, **{name: value})
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The whole configuration as JSON values."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
+    """The inverse of `to_json`.
+
+    Raises:
+      UserError: a field is unknown or has the wrong type.
+    """
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(canonical_json(values), strict=True)
+    except pydantic.ValidationError as error:
+        place = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise UserError(f"not a {kind.__name__}: {place}: {_first_problem(error)}") from None
+
+
+def load_study(path: Path) -> Study:
+    """Runs a study's file and returns its `study`.
+
+    Raises:
+      UserError: there is no such file, it fails, or it does not define a `Study` named `study`.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file: give a study such as configs/quickstart.py")
+    try:
+        names = runpy.run_path(str(path))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's Python does: one line, with the place it happened
+        raise UserError(f"{path} failed: {type(error).__name__}: {error}") from None
+    study = names.get("study")
+    if not isinstance(study, Study):
+        raise UserError(f"{path} must define `study = Study(...)`, got {type(study).__name__}")
+    return from_json(Study, to_json(study))  # the constructor does not check types; this does
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def _without_defaults(config: Any) -> Any:
+    """Nested fields that differ from their default: a field added later, at its default, changes no old fingerprint."""
+    if isinstance(config, tuple):
+        return [_without_defaults(item) for item in config]
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return config
+    kept = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name == "kind" or value != f.default:
+            kept[f.name] = _without_defaults(value)
+    return kept
+
+
+def fingerprint(config: Any, inputs: dict[str, str] | None = None) -> str:
+    """sha256 of the canonical JSON of `config`, defaults left out, together with the hashes of its inputs.
+
+    An experiment's `corpus` stands for nothing but the hashes in `inputs`: where text came from does not decide weights.
+    """
+    fields = _without_defaults(config)
+    if isinstance(config, Experiment):
+        fields.pop("corpus", None)
+    return hash_json({"config": fields, "inputs": inputs or {}})

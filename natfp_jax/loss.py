@@ -1,0 +1,77 @@
+"""Next-token cross-entropy that never holds all logits.
+
+Owns the blocked loss and its gradient, which is made in the forward pass, where the block's logits are at hand. Must not know
+the layers of the decoder.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from natfp_jax.model import logits
+
+__all__ = ["blocked_cross_entropy", "block_length"]
+
+BLOCK_ROWS = 1024  # tokens a block, so that a block's logits stay near the cache; in the numerics record
+
+
+def block_length(batch: int, length: int) -> int:
+    """The largest divisor of `length` with at most `BLOCK_ROWS` tokens in a block of `batch` rows; at least 1."""
+    return max((t for t in range(1, length + 1) if length % t == 0 and batch * t <= BLOCK_ROWS), default=1)
+
+
+def _blocks(array: jax.Array) -> jax.Array:
+    """[B, T, ...] → [blocks, B, t, ...]: cut along the tokens, so that rows stay on the device that holds them."""
+    batch, length = array.shape[:2]
+    t = block_length(batch, length)
+    return jnp.moveaxis(array.reshape(batch, length // t, t, *array.shape[2:]), 1, 0)
+
+
+def _nll(x_BtD: jax.Array, w_DV: jax.Array, target_Bt: jax.Array, vocabulary: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    z_BtV = logits(x_BtD, w_DV, vocabulary)
+    total_Bt = jax.nn.logsumexp(z_BtV, axis=-1)
+    picked_Bt = jnp.take_along_axis(z_BtV, target_Bt[..., None], axis=-1)[..., 0]
+    return total_Bt - picked_Bt, z_BtV, total_Bt
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def blocked_cross_entropy(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, vocabulary: int) -> jax.Array:
+    """The mean over all tokens of −log p(target), in nats, float32."""
+
+    def block(total: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        nll_Bt, _, _ = _nll(inputs[0], w_DV, inputs[1], vocabulary)
+        return total + nll_Bt.sum(), None
+
+    total, _ = jax.lax.scan(block, jnp.float32(0), (_blocks(x_BTD), _blocks(target_BT)))
+    return total / target_BT.size
+
+
+def _forward(
+    x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, vocabulary: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def block(
+        carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        total, dw_DV = carry
+        x_BtD, target_Bt = inputs
+        nll_Bt, z_BtV, total_Bt = _nll(x_BtD, w_DV, target_Bt, vocabulary)
+        dz_BtV = jnp.exp(z_BtV - total_Bt[..., None]) - jax.nn.one_hot(target_Bt, z_BtV.shape[-1], dtype=jnp.float32)
+        dz_BtV = dz_BtV.astype(x_BtD.dtype)
+        dx_BtD = jnp.einsum("btv,dv->btd", dz_BtV, w_DV.astype(x_BtD.dtype), preferred_element_type=jnp.float32)
+        dw_DV += jnp.einsum("btd,btv->dv", x_BtD, dz_BtV, preferred_element_type=jnp.float32)
+        return (total + nll_Bt.sum(), dw_DV), dx_BtD
+
+    start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
+    (total, dw_DV), dx = jax.lax.scan(block, start, (_blocks(x_BTD), _blocks(target_BT)))
+    dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape)
+    n = target_BT.size
+    return total / n, ((dx_BTD / n).astype(x_BTD.dtype), (dw_DV / n).astype(w_DV.dtype))
+
+
+def _backward(vocabulary: int, gradient: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    dx_BTD, dw_DV = gradient
+    return (g * dx_BTD).astype(dx_BTD.dtype), (g * dw_DV).astype(dw_DV.dtype), None
+
+
+blocked_cross_entropy.defvjp(_forward, _backward)

@@ -1,0 +1,193 @@
+"""The decoder (Flax Linen).
+
+Owns the forward pass and the key-value cache. Parameter shapes stand in `params.table`, and a test holds this module's tree
+against it; values never come from here. Must not know training, sampling or files.
+
+Letters: B batch, T tokens, S cache slots, V vocabulary, D width, L layers, N query heads, K key-value heads, H head width,
+F MLP width.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from natfp_jax.config import Model
+from natfp_jax.params import Params, dims
+
+__all__ = ["Cache", "Decoder", "decode", "decoder", "empty_cache", "head", "hidden", "logits"]
+
+
+class Cache(NamedTuple):
+    """Rotated keys and values of every layer: `k_LBSKH`, `v_LBSKH`."""
+
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+
+
+class _Place(NamedTuple):
+    """Where the tokens of a call stand: their positions, what they may attend to, and their first slot in the cache."""
+
+    position_BT: jax.Array
+    mask_BTS: jax.Array | None  # None: causal over the call's own tokens
+    slot: jax.Array | int
+
+
+def _weight(module: nn.Module, name: str, *shape: int, dtype: Any) -> jax.Array:
+    return module.param(name, nn.initializers.zeros_init(), shape, jnp.float32).astype(dtype)
+
+
+def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
+    # In float32 whatever the compute dtype: the sum of squares of a wide row does not fit bfloat16's precision.
+    wide = x_BTD.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * scale_D).astype(x_BTD.dtype)
+
+
+def _rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary positions (Su et al., 2021), first and second half of a head paired as in Llama."""
+    half = x_BTNH.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_BT[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+class _Attention(nn.Module):
+    model: Model
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, cache: Cache | None, place: _Place, layer: jax.Array
+    ) -> tuple[jax.Array, Cache | None]:
+        size, dtype = dims(self.model, 0), x_BTD.dtype
+        D, N, K, H = (size[letter] for letter in "DNKH")
+        x_BTD = _rms_norm(x_BTD, _weight(self, "norm", D, dtype=jnp.float32), self.model.norm_epsilon)
+        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, _weight(self, "q", D, N, H, dtype=dtype))
+        k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, _weight(self, "k", D, K, H, dtype=dtype))
+        v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, _weight(self, "v", D, K, H, dtype=dtype))
+        q_BTNH = _rotate(q_BTNH, place.position_BT, self.model.rope_theta)
+        k_BTKH = _rotate(k_BTKH, place.position_BT, self.model.rope_theta)
+        if cache is None:
+            out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
+        else:
+            # The whole cache is carried through the layers and written in place: as a scanned output it would be copied.
+            start = (layer, 0, place.slot, 0, 0)
+            cache = Cache(
+                jax.lax.dynamic_update_slice(cache.k_LBSKH, k_BTKH[None], start),
+                jax.lax.dynamic_update_slice(cache.v_LBSKH, v_BTKH[None], start),
+            )
+            mask = None if place.mask_BTS is None else place.mask_BTS[:, None]
+            out_BTNH = jax.nn.dot_product_attention(q_BTNH, cache.k_LBSKH[layer], cache.v_LBSKH[layer], mask=mask)
+        return jnp.einsum("btnh,nhd->btd", out_BTNH, _weight(self, "o", N, H, D, dtype=dtype)), cache
+
+
+class _MLP(nn.Module):
+    model: Model
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        size, dtype = dims(self.model, 0), x_BTD.dtype
+        D, F = size["D"], size["F"]
+        x_BTD = _rms_norm(x_BTD, _weight(self, "norm", D, dtype=jnp.float32), self.model.norm_epsilon)
+        up_BTF = jnp.einsum("btd,df->btf", x_BTD, _weight(self, "up", D, F, dtype=dtype))
+        if self.model.mlp == "swiglu":
+            up_BTF *= nn.silu(jnp.einsum("btd,df->btf", x_BTD, _weight(self, "gate", D, F, dtype=dtype)))
+        else:
+            up_BTF = nn.gelu(up_BTF)
+        return jnp.einsum("btf,fd->btd", up_BTF, _weight(self, "down", F, D, dtype=dtype))
+
+
+class _Block(nn.Module):
+    model: Model
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, Cache | None], place: _Place, layer: jax.Array
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        x_BTD, cache = carry
+        attended_BTD, cache = _Attention(self.model, name="attention")(x_BTD, cache, place, layer)
+        x_BTD += attended_BTD
+        return (x_BTD + _MLP(self.model, name="mlp")(x_BTD), cache), None
+
+
+class Decoder(nn.Module):
+    """A pre-norm decoder with scanned layers; `vocabulary` is the padded size."""
+
+    model: Model
+    vocabulary: int
+
+    def setup(self) -> None:
+        """Declares the parameters that are not in a layer, and the scan over layers."""
+        zeros, width = nn.initializers.zeros_init(), self.model.width
+        self.embedding = self.param("embedding", zeros, (self.vocabulary, width), jnp.float32)
+        self.layers = nn.scan(
+            _Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": False},
+            in_axes=(nn.broadcast, 0),
+            length=self.model.layers,
+        )(self.model)
+        self.norm = self.param("norm", zeros, (width,), jnp.float32)
+        if not self.model.tied:
+            self.head = self.param("head", zeros, (width, self.vocabulary), jnp.float32)
+
+    def __call__(self, tokens_BT: jax.Array, place: _Place, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """The normed state after the last layer, `x_BTD`, and the cache."""
+        x_BTD = self.embedding[tokens_BT].astype(self.model.dtype)
+        (x_BTD, cache), _ = self.layers((x_BTD, cache), place, jnp.arange(self.model.layers))
+        return _rms_norm(x_BTD, self.norm, self.model.norm_epsilon), cache
+
+
+# --- the forward pass as functions of the parameters ------------------------------------------------------------------
+
+
+def decoder(model: Model, vocabulary: int) -> Decoder:
+    """The module for `model` with a padded `vocabulary`."""
+    return Decoder(model, vocabulary)
+
+
+def hidden(model: Model, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    """The states `x_BTD` that predict the next token, under causal attention."""
+    vocabulary = params["embedding"].shape[0]
+    position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    x_BTD, _ = Decoder(model, vocabulary).apply({"params": params}, tokens_BT, _Place(position_BT, None, 0), None)
+    return x_BTD
+
+
+def empty_cache(model: Model, batch: int, slots: int) -> Cache:
+    """A cache of zeros in the compute dtype."""
+    size = dims(model, 0)
+    shape = (size["L"], batch, slots, size["K"], size["H"])
+    return Cache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+
+
+def decode(
+    model: Model,
+    params: Params,
+    tokens_BT: jax.Array,
+    position_BT: jax.Array,
+    mask_BTS: jax.Array,
+    cache: Cache,
+    slot: jax.Array | int,
+) -> tuple[jax.Array, Cache]:
+    """Writes the tokens' keys and values at `slot` onwards and returns their states `x_BTD` with the new cache.
+
+    A token attends to the slots that `mask_BTS` allows; its rotary position is `position_BT`, whatever its slot. So one
+    function serves prefill (T = prompt) and decoding (T = 1), and ragged rows may write to one common slot.
+    """
+    vocabulary = params["embedding"].shape[0]
+    return Decoder(model, vocabulary).apply({"params": params}, tokens_BT, _Place(position_BT, mask_BTS, slot), cache)
+
+
+def head(params: Params) -> jax.Array:
+    """The output matrix, `w_DV`: the embedding transposed where the head is tied."""
+    return params["head"] if "head" in params else params["embedding"].T
+
+
+def logits(x_BTD: jax.Array, w_DV: jax.Array, vocabulary: int) -> jax.Array:
+    """Logits in float32, minus infinity at the ids from `vocabulary` (unpadded) on."""
+    out = jnp.einsum("...d,dv->...v", x_BTD, w_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(out.shape[-1]) < vocabulary, out, -jnp.inf)

@@ -1,0 +1,49 @@
+"""Named key streams.
+
+The only file that creates keys and generators. A stream is named, so that equal integers in two streams never alias, and
+addressed by what it is for (a path, a layer, a prompt), never by the order of calls. Must not know what is drawn.
+"""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["fold", "generator", "stream", "words"]
+
+
+def words(name: str | int) -> tuple[int, ...]:
+    """The 32-bit words that stand for a name: two of a hash for text, so that names do not collide in practice.
+
+    An integer below 2^64 gives its own two words, high first.
+
+    Raises:
+      ValueError: the integer is negative or has more than 64 bits.
+    """
+    if isinstance(name, str):
+        digest = hashlib.sha256(name.encode()).digest()
+        return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
+    if not 0 <= name < 2**64:
+        raise ValueError(f"got {name}, expected an integer from 0 to 2^64 - 1")
+    return name >> 32, name & 0xFFFFFFFF
+
+
+def fold(key: jax.Array, *names: str | int) -> jax.Array:
+    """The key at address `names` below `key`."""
+    for name in names:
+        for word in words(name):
+            key = jax.random.fold_in(key, jnp.uint32(word))
+    return key
+
+
+def stream(seed: int, *names: str | int) -> jax.Array:
+    """The typed threefry key of the stream `names` of `seed` (an integer below 2^32)."""
+    # The implementation is named: draws of rbg depend on the sharding, threefry's do not.
+    return fold(jax.random.key(jnp.uint32(seed), impl="threefry2x32"), *names)
+
+
+def generator(seed: int, *names: str | int) -> np.random.Generator:
+    """The NumPy generator of the stream `names` of `seed`, for what runs on the host."""
+    entropy = [seed, *(word for name in names for word in words(name))]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
