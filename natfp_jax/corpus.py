@@ -1,0 +1,229 @@
+"""A corpus: the token store of a source of documents, and what is read from it.
+
+Owns the store's folder, its description `meta.json`, its identity (sha256 over the training ids), the pool of windows and the
+prompts. Must not know models, orders of windows, or how text is drawn.
+"""
+
+import hashlib
+import heapq
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from natfp_jax import config, documents
+from natfp_jax.errors import UserError
+from natfp_jax.files import canonical_json, read_json, write_json
+from natfp_jax.ingest import PROMPTS, VALIDATION, forget, ingest, shard_names, token_dtype, training_sample
+from natfp_jax.lock import alone
+from natfp_jax.progress import Progress
+from natfp_jax.tokenizer import Tokenizer
+from natfp_jax.windows import Windows, open_ids
+
+__all__ = ["Prompt", "Store", "Windows", "prepare"]
+
+_SCHEMA = 1  # of the folder; a change makes new folders
+_META, _TOKENIZER = "meta.json", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The beginning, or another piece, of a prompt document."""
+
+    id: int  # 64 bits of the sha256 of (document id, offset number): never a position, so that noise keyed by it stays
+    document: str  # the document's id
+    text: str
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished token store."""
+
+    folder: Path
+    meta: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @property
+    def sha256(self) -> str:
+        """The corpus's identity: sha256 over all training ids in store order."""
+        return str(self.meta["sha256"])
+
+    @property
+    def tokens(self) -> int:
+        """The number of training ids."""
+        return int(self.meta["tokens"]["train"])
+
+    def windows(self, seq_len: int, count: int) -> Windows:
+        """The pool: the first `count` windows of `seq_len` + 1 ids in store order.
+
+        Raises:
+          UserError: the corpus is too small.
+        """
+        available = self.tokens // (seq_len + 1)
+        if count > available:
+            raise UserError(
+                f"the corpus is too small: {count} windows of {seq_len} + 1 tokens were asked for, it has {available} "
+                f"({self.tokens} tokens); ask for fewer or shorter windows, or take a larger corpus"
+            )
+        shards = [open_ids(self.folder / name, self.meta["dtype"]) for name in shard_names(self.meta["corpus"]["shards"])]
+        return Windows(shards, seq_len, count)
+
+    def validation_windows(self, seq_len: int, limit: int) -> np.ndarray:
+        """The first windows, at most `limit`, of the validation documents: int32 [n, seq_len + 1], n ≥ 1.
+
+        Raises:
+          UserError: there is not one.
+        """
+        ids = open_ids(self.folder / VALIDATION, self.meta["dtype"])
+        count = min(limit, len(ids) // (seq_len + 1))
+        if count < 1:
+            raise UserError(
+                f"the corpus is too small: its validation part has {len(ids)} tokens, one window needs {seq_len} + 1; take "
+                f"shorter windows, a larger corpus, or a larger validation_fraction"
+            )
+        return ids[: count * (seq_len + 1)].reshape(count, seq_len + 1).astype(np.int32)
+
+    def prompts(self, count: int, chars: int, offsets_per_document: int) -> tuple[Prompt, ...]:
+        """The first `count` prompts of `chars` characters, documents in order of their id; their texts are distinct.
+
+        A document longer than a prompt gives its beginning, and up to `offsets_per_document` pieces, evenly spaced, that do
+        not overlap. More prompts begin with the same ones. Memory is bounded by `count`, not by the corpus.
+
+        Raises:
+          UserError: there are fewer.
+        """
+        kept = count  # documents; more where some have nothing new to say
+        while True:
+            with open(self.folder / PROMPTS, "rb") as lines:
+                pieces = (_pieces(json.loads(line), chars, offsets_per_document) for line in lines)
+                first = heapq.nsmallest(kept, filter(None, pieces), key=lambda prompts: prompts[0].document)
+            distinct: dict[str, Prompt] = {}
+            for prompts in first:
+                for prompt in prompts:
+                    distinct.setdefault(prompt.text, prompt)
+            if len(distinct) >= count:
+                return tuple(distinct.values())[:count]
+            if len(first) < kept:
+                raise UserError(
+                    f"the corpus has {len(distinct)} prompts of {chars} characters, {count} were asked for: ask for fewer or "
+                    f"shorter prompts, or take a larger corpus or a larger prompt_fraction"
+                )
+            kept *= 2
+
+
+def _pieces(document: dict[str, str], chars: int, most: int) -> list[Prompt]:
+    """The prompts of one document; each is followed by at least one character of the document."""
+    text, prompts = document["text"], []
+    number = min(most, (len(text) - 1) // chars)
+    for offset in range(number):
+        start = offset * (len(text) // number)
+        digest = hashlib.sha256(f"{document['id']} {offset}".encode()).digest()
+        prompts.append(Prompt(int.from_bytes(digest[:8], "big"), document["id"], text[start : start + chars]))
+    return prompts
+
+
+def prepare(corpus: config.Corpus, root: Path, progress: Progress) -> Store:
+    """Opens the store of `corpus` below `root`, after writing it or what is missing of it.
+
+    Raises:
+      UserError: the source, the tokenizer or the store is broken or contradicts the configuration.
+    """
+    if corpus.validation_fraction + corpus.prompt_fraction >= 1:
+        raise UserError(
+            f"validation_fraction {corpus.validation_fraction} and prompt_fraction {corpus.prompt_fraction} leave nothing to "
+            f"train on: their sum must be below 1"
+        )
+    source = documents.find(corpus.source, root / "data", progress)
+    inputs = {"schema": str(_SCHEMA), "source": source.identity}
+    given = None
+    if corpus.tokenizer is not None:
+        given = Tokenizer.load(Path(corpus.tokenizer))
+        inputs["tokenizer"] = given.sha256
+    fingerprint = config.fingerprint(corpus, inputs)
+    folder = root / "corpora" / fingerprint[:16]
+    if not (folder / _META).exists():
+        with alone(folder, progress):
+            if not (folder / _META).exists():
+                _write(corpus, source, given, fingerprint, folder, progress)
+    return _open(corpus, fingerprint, folder)
+
+
+def _write(
+    corpus: config.Corpus, source: documents.Source, given: Tokenizer | None, fingerprint: str, folder: Path, progress: Progress
+) -> None:
+    for remains in folder.glob(".*.tmp"):  # of a killed process
+        remains.unlink()
+    texts = source.documents(progress)
+    path = folder / _TOKENIZER
+    if path.exists():  # of a pass that was cut off
+        tokenizer = Tokenizer.load(path)
+    else:
+        tokenizer = given or Tokenizer.train(training_sample(texts, corpus, progress), corpus.vocabulary)
+        tokenizer.save(path)
+    counts = ingest(texts, tokenizer, corpus, folder, progress)
+    if not counts["train"]:
+        raise UserError(f"the corpus is too small: none of its {counts['read']} documents is for training; add documents")
+    shards = shard_names(corpus.shards)
+    dtype = token_dtype(tokenizer.size)
+    store = {name: (folder / name).stat().st_size for name in (*shards, VALIDATION, PROMPTS, _TOKENIZER)}
+    width = np.dtype(dtype).itemsize
+    meta = {
+        "schema": _SCHEMA,
+        "name": source.builder.name,
+        "fingerprint": fingerprint,
+        "corpus": config.to_json(corpus),
+        "documents": counts,
+        "tokens": {"train": sum(store[name] for name in shards) // width, "validation": store[VALIDATION] // width},
+        "shard_tokens": [store[name] // width for name in shards],
+        "dtype": dtype,
+        "vocabulary": tokenizer.size,
+        "padded_vocabulary": tokenizer.padded_size,
+        "tokenizer_sha256": tokenizer.sha256,
+        "sha256": _sha256(folder / name for name in shards),
+        "validation_sha256": _sha256([folder / VALIDATION]),
+        "prompts_sha256": _sha256([folder / PROMPTS]),
+        "provenance": {
+            "source": source.identity,
+            "description": source.description,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("tensorflow-datasets", "tokenizers")},
+        },
+        "store": store,  # file → bytes
+    }
+    write_json(folder / _META, meta)
+    forget(folder)
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _open(corpus: config.Corpus, fingerprint: str, folder: Path) -> Store:
+    meta = read_json(folder / _META)
+    if meta["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{folder} holds corpus {meta['fingerprint'][:16]} of {canonical_json(meta['corpus'])}, expected "
+            f"{fingerprint[:16]} of {canonical_json(config.to_json(corpus))}: move it away and run the same command again"
+        )
+    again = f"remove {folder} and run the same command again"
+    for name, expected in meta["store"].items():
+        path = folder / name
+        size = path.stat().st_size if path.exists() else None
+        if size != expected:
+            got = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(f"{path} {got}, expected {expected} bytes: {again}")
+    tokenizer = Tokenizer.load(folder / _TOKENIZER)
+    if tokenizer.sha256 != meta["tokenizer_sha256"]:
+        raise UserError(f"{folder / _TOKENIZER} has sha256 {tokenizer.sha256}, expected {meta['tokenizer_sha256']}: {again}")
+    forget(folder)  # what a process that was killed after the last write left
+    return Store(folder, meta, tokenizer)

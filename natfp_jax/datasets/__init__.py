@@ -1,0 +1,1 @@
+"""TFDS builders of the corpora that come with natfp_jax."""

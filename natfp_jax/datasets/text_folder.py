@@ -1,0 +1,103 @@
+"""Documents from a folder: .txt (a document a file) and .jsonl (a document a line), each also as .gz and .zst.
+
+Owns the reading of such files and the one-line message for each way in which they can be broken.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+
+from natfp_jax.datasets.builder import TextBuilder
+from natfp_jax.errors import UserError
+
+__all__ = ["TextFolder"]
+
+_SUFFIXES = tuple(kind + packing for kind in (".txt", ".jsonl") for packing in ("", ".gz", ".zst"))
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which UTF-8 cannot hold
+_BUFFER = 1 << 20
+
+
+class TextFolder(TextBuilder):
+    """Every .txt and .jsonl file below `path`. The data is named after the files' names, sizes and times of change.
+
+    Raises:
+      UserError: there is no such folder, or it holds no such file; on preparing: a file is broken.
+    """
+
+    def __init__(self, *, data_dir: str | Path, path: str | Path, text_key: str = "text") -> None:
+        self._path, self._text_key = Path(path), text_key
+        if not path or not self._path.is_dir():
+            raise UserError(f"text folder {str(path)!r} is no folder: set the source's path to one with .txt or .jsonl files")
+        self._files = sorted(file for file in self._path.rglob("*") if file.name.endswith(_SUFFIXES) and file.is_file())
+        if not self._files:
+            raise UserError(f"text folder {path} has no file that ends in {', '.join(_SUFFIXES)}: put texts there")
+        listing = [text_key]
+        for file in self._files:
+            status = file.stat()
+            listing.append(f"{file.relative_to(self._path).as_posix()}\0{status.st_size}\0{status.st_mtime_ns}")
+        digest = hashlib.sha256("\n".join(listing).encode(errors="surrogateescape")).hexdigest()[:32]
+        super().__init__(data_dir=data_dir, inputs=digest, description=f"{len(self._files)} text files below {path}")
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Yields (file or file:line, text)."""
+        empty = True
+        for file in self._files:
+            name = file.relative_to(self._path).as_posix()
+            is_jsonl = name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
+            for key, text in self._jsonl(name, file) if is_jsonl else [(name, _txt(file))]:
+                if text.strip():
+                    empty = False
+                    yield key, text
+        if empty:
+            raise UserError(f"text folder {self._path} has files but no text in them: put texts there")
+
+    def _jsonl(self, name: str, file: Path) -> Iterator[tuple[str, str]]:
+        for number, line in enumerate(_lines(file), 1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                record = json.loads(_decoded(line, where))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where} is not JSON ({error.msg}): each line must be one JSON object") from None
+            if not isinstance(record, dict) or not isinstance(record.get(self._text_key), str):
+                got = f"fields {', '.join(record) or 'none'}" if isinstance(record, dict) else type(record).__name__
+                raise UserError(f"{where}: no text in field {self._text_key!r} (got {got}): set the source's text_key")
+            text = record[self._text_key]
+            if _SURROGATE.search(text):
+                raise UserError(f"{where}: half of a surrogate pair, which UTF-8 cannot hold: mend or remove the line")
+            yield f"{name}:{number}", text
+
+
+def _txt(file: Path) -> str:
+    return "".join(_decoded(line, f"{file}, line {number}") for number, line in enumerate(_lines(file), 1))
+
+
+def _opened(file: Path) -> io.BufferedIOBase:
+    if file.suffix == ".gz":
+        return gzip.open(file)
+    if file.suffix == ".zst":
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), _BUFFER)
+    return open(file, "rb")
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    try:
+        with _opened(file) as stream:
+            yield from stream
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read to its end ({error}): if it is cut off or damaged, replace it") from None
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8-sig")  # a byte order mark is no text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (byte 0x{line[error.start]:02x}): convert the file to UTF-8") from None

@@ -1,0 +1,187 @@
+"""Documents into files of tokens, in one streaming pass.
+
+Owns deduplication, the split by document, the shards, and the pass itself: memory is bounded, and a pass killed at any moment
+goes on from its last commit and ends with the same bytes. Must not know where documents come from, nor windows.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from natfp_jax.config import Corpus
+from natfp_jax.errors import UserError
+from natfp_jax.progress import Progress
+from natfp_jax.tokenizer import Tokenizer
+
+__all__ = [
+    "PROMPTS",
+    "VALIDATION",
+    "Document",
+    "Part",
+    "Texts",
+    "forget",
+    "ingest",
+    "shard_names",
+    "token_dtype",
+    "training_sample",
+]
+
+Part = Literal["train", "validation", "prompt"]
+
+VALIDATION, PROMPTS = "validation.bin", "prompts.jsonl"
+_STATE = "progress.sqlite"
+_BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 8 << 20  # between two commits, at most
+
+
+class Texts(Protocol):
+    """Stripped texts with random access."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> str: ...
+
+
+class Document(NamedTuple):
+    """A document and what follows from its text alone."""
+
+    text: str
+    digest: bytes  # 128 bits of the sha256 of its UTF-8
+
+    @classmethod
+    def of(cls, text: str) -> "Document":
+        """The document with this text."""
+        return cls(text, hashlib.sha256(text.encode()).digest()[:16])
+
+    @property
+    def id(self) -> str:
+        """The digest in hexadecimal."""
+        return self.digest.hex()
+
+    def part(self, corpus: Corpus) -> Part:
+        """Its side of the split. Hashed once more, so that it is independent of the shard."""
+        draw = int.from_bytes(hashlib.sha256(b"part" + self.digest).digest()[:8], "big") / 2**64
+        if draw < corpus.validation_fraction:
+            return "validation"
+        return "prompt" if draw < corpus.validation_fraction + corpus.prompt_fraction else "train"
+
+    def shard(self, shards: int) -> int:
+        """The shard that holds it if it is for training."""
+        return int.from_bytes(self.digest, "big") % shards
+
+
+def shard_names(shards: int) -> list[str]:
+    """The files of training ids, in store order."""
+    return [f"train-{shard:05d}-of-{shards:05d}.bin" for shard in range(shards)]
+
+
+def token_dtype(vocabulary: int) -> Literal["<u2", "<u4"]:
+    """The type of the ids on disk."""
+    return "<u2" if vocabulary <= 1 << 16 else "<u4"
+
+
+def training_sample(documents: Texts, corpus: Corpus, progress: Progress) -> Iterator[str]:
+    """The training documents from the start of the source on, without repetition, up to `tokenizer_bytes` of UTF-8."""
+    seen: set[bytes] = set()
+    size = 0
+    with progress.task("training the tokenizer", None, "documents") as advance:
+        for index in range(len(documents)):
+            document = Document.of(documents[index])
+            if document.text and document.digest not in seen and document.part(corpus) == "train":
+                seen.add(document.digest)
+                size += len(document.text.encode())
+                if size > corpus.tokenizer_bytes and len(seen) > 1:
+                    return
+                yield document.text
+                advance(1)
+
+
+def ingest(documents: Texts, tokenizer: Tokenizer, corpus: Corpus, folder: Path, progress: Progress) -> dict[str, int]:
+    """Writes the shards, `VALIDATION` and `PROMPTS` into `folder`, from where an earlier pass stopped.
+
+    Returns the number of documents `read`, `empty`, `duplicate`, `train`, `validation` and `prompt`. `forget` ends it.
+
+    Raises:
+      UserError: a file is shorter than an earlier pass left it.
+    """
+    names = [*shard_names(corpus.shards), VALIDATION, PROMPTS]
+    with contextlib.ExitStack() as stack:
+        database = stack.enter_context(contextlib.closing(sqlite3.connect(folder / _STATE, isolation_level=None)))
+        database.execute("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        database.execute("CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, value INTEGER)")
+        counts = Counter[str](dict(database.execute("SELECT name, value FROM counts")))
+        files = {name: stack.enter_context(_resumed(folder / name, counts[name])) for name in names}
+        with progress.task("tokenising", len(documents), "documents") as advance:
+            advance(counts["read"])
+            for batch in _batches(documents, counts["read"]):
+                database.execute("BEGIN IMMEDIATE")
+                for name, data in _encoded(batch, tokenizer, corpus, database, counts):
+                    counts[name] += files[name].write(data)
+                for file in files.values():  # before the commit: it must not count what a power cut takes away
+                    file.flush()
+                    os.fsync(file.fileno())
+                database.executemany("REPLACE INTO counts VALUES (?, ?)", counts.items())
+                database.execute("COMMIT")
+                advance(len(batch))
+    return {name: counts[name] for name in ("read", "empty", "duplicate", "train", "validation", "prompt")}
+
+
+def forget(folder: Path) -> None:
+    """Removes what only a resumed pass needs."""
+    for name in (_STATE, f"{_STATE}-journal"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _resumed(path: Path, committed: int) -> IO[bytes]:
+    file = open(path, "ab")  # noqa: SIM115  # the caller closes it
+    if file.tell() < committed:
+        file.close()
+        raise UserError(f"{path} has lost data since an earlier run: remove {path.parent} and run the same command again")
+    file.truncate(committed)
+    return file
+
+
+def _batches(documents: Texts, start: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for index in range(start, len(documents)):
+        batch.append(Document.of(documents[index]))
+        size += len(batch[-1].text)
+        if len(batch) >= _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded(
+    batch: list[Document], tokenizer: Tokenizer, corpus: Corpus, database: sqlite3.Connection, counts: Counter[str]
+) -> Iterator[tuple[str, bytes]]:
+    """The (file, bytes) to append for a batch; counts its documents."""
+    names = shard_names(corpus.shards)
+    dtype = token_dtype(tokenizer.size)
+    texts: list[tuple[str, str]] = []
+    counts["read"] += len(batch)
+    for document in batch:
+        if not document.text:
+            counts["empty"] += 1
+            continue
+        if not database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (document.digest,)).rowcount:
+            counts["duplicate"] += 1
+            continue
+        part = document.part(corpus)
+        counts[part] += 1
+        if part == "prompt":
+            line = json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False)
+            yield PROMPTS, line.encode() + b"\n"
+        else:
+            texts.append((VALIDATION if part == "validation" else names[document.shard(corpus.shards)], document.text))
+    for (name, _), ids in zip(texts, tokenizer.encode_batch([text for _, text in texts]), strict=True):
+        yield name, np.array([*ids, tokenizer.eos_id], dtype).tobytes()

@@ -1,0 +1,58 @@
+"""One process at a time.
+
+Owns the lock of a folder: waiting for another process that makes the same files, or refusing beside it. Must not know what is
+made.
+"""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from natfp_jax.errors import UserError
+from natfp_jax.progress import Progress
+
+__all__ = ["LOCK", "alone", "held"]
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def alone(folder: Path, progress: Progress | None = None) -> Iterator[None]:
+    """Holds the lock of `folder`, which is created. A killed process holds nothing.
+
+    Args:
+      progress: where given, another holder is waited for, and that is said here.
+
+    Raises:
+      UserError: another process holds it, and there is no `progress`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress is None:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise UserError(f"{folder} is in use by another process ({holder}): wait for it or stop it") from None
+            progress.say(f"another process prepares {folder}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def held(folder: Path) -> bool:
+    """Whether some process holds the lock of `folder` now."""
+    try:
+        with open(folder / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

@@ -1,0 +1,468 @@
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from natfp_jax import ingest
+from natfp_jax.config import Corpus, Stories, TextFolder, Tfds
+from natfp_jax.corpus import prepare
+from natfp_jax.errors import UserError
+from natfp_jax.progress import Progress
+from natfp_jax.tokenizer import EOS, Tokenizer
+from natfp_jax.windows import Windows
+
+CORPUS = Corpus(source=Stories(count=1000), vocabulary=400, shards=3)
+
+
+def prepared(corpus, root):
+    return prepare(corpus, root, Progress(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return prepared(CORPUS, tmp_path_factory.mktemp("root"))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def training_ids(store):
+    return np.concatenate([np.fromfile(path, store.meta["dtype"]) for path in sorted(store.folder.glob("train-*.bin"))])
+
+
+def split_at_eos(ids, eos):
+    ends = np.flatnonzero(ids == eos)
+    assert ends[-1] == len(ids) - 1
+    return [part[:-1] for part in np.split(ids, ends + 1)[:-1]]
+
+
+def prompt_documents(folder):
+    lines = (folder / "prompts.jsonl").read_bytes().splitlines()
+    return {line["id"]: line["text"] for line in map(json.loads, lines)}
+
+
+def text_folder(root, texts):
+    folder = root / "texts"
+    folder.mkdir()
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return TextFolder(str(folder))
+
+
+def one_line(caught):
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+def test_no_document_is_lost_or_on_two_sides(store):
+    train = {store.tokenizer.decode(ids) for ids in split_at_eos(training_ids(store), store.tokenizer.eos_id)}
+    validation = np.fromfile(store.folder / "validation.bin", store.meta["dtype"])
+    validation = {store.tokenizer.decode(ids) for ids in split_at_eos(validation, store.tokenizer.eos_id)}
+    documents = prompt_documents(store.folder)
+    prompts = set(documents.values())
+    assert (len(train), len(validation), len(prompts)) == tuple(
+        store.meta["documents"][part] for part in ("train", "validation", "prompt")
+    )
+    assert len(train | validation | prompts) == len(train) + len(validation) + len(prompts) == 1000
+    for name, text in documents.items():
+        assert name == hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def test_the_hash_is_that_of_the_ids_in_store_order(store):
+    ids = training_ids(store)
+    assert store.sha256 == hashlib.sha256(ids.tobytes()).hexdigest()
+    assert store.tokens == len(ids) == sum(store.meta["shard_tokens"])
+    assert store.meta["dtype"] == "<u2"
+    assert ids.max() < store.tokenizer.size <= store.meta["padded_vocabulary"]
+
+
+def test_a_finished_store_is_opened_not_made(store):
+    before = {path: path.stat().st_mtime_ns for path in store.folder.iterdir()}
+    again = prepared(CORPUS, store.folder.parent.parent)
+    assert again.meta == store.meta
+    assert {path: path.stat().st_mtime_ns for path in store.folder.iterdir()} == before
+
+
+def test_the_store_depends_on_neither_folder_nor_commits(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest, "_BATCH_DOCUMENTS", 7)
+    assert contents(prepared(CORPUS, tmp_path / "a").folder) == contents(store.folder)
+    monkeypatch.setattr(ingest, "_BATCH_DOCUMENTS", 10**9)
+    monkeypatch.setattr(ingest, "_BATCH_BYTES", 5000)
+    assert contents(prepared(CORPUS, tmp_path / "b").folder) == contents(store.folder)
+
+
+def test_ids_beyond_16_bits_are_kept_in_32(tmp_path, store):
+    settings = json.loads(store.tokenizer.file)
+    vocabulary = settings["model"]["vocab"]
+    vocabulary.update({f"never{i}": i for i in range(len(vocabulary), 1 << 16)})
+    for size, dtype in ((1 << 16, "<u2"), ((1 << 16) + 1, "<u4")):
+        vocabulary[f"never{size - 1}"] = size - 1
+        Tokenizer(json.dumps(settings).encode()).save(tmp_path / "tokenizer.json")
+        wide = prepared(dataclasses.replace(CORPUS, tokenizer=str(tmp_path / "tokenizer.json")), tmp_path)
+        assert wide.meta["dtype"] == dtype
+        assert wide.meta["padded_vocabulary"] >= size
+        np.testing.assert_array_equal(training_ids(wide), training_ids(store))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    texts=st.lists(st.text(alphabet="ab \n\u00e9\U0001f600", max_size=6), min_size=30, max_size=60),
+    fractions=st.tuples(st.floats(0.01, 0.4), st.floats(0.01, 0.4)),
+    shards=st.integers(1, 5),
+)
+def test_documents_are_deduplicated_and_split_by_their_text_alone(texts, fractions, shards, tmp_path_factory):
+    root = tmp_path_factory.mktemp("property")
+    tokenizer = Tokenizer.train(iter(["a b"]), 257)
+    corpus = Corpus(validation_fraction=fractions[0], prompt_fraction=fractions[1], shards=shards)
+    parts = []
+    for number, order in enumerate((texts, texts[::-1] + texts)):
+        folder = root / str(number)
+        folder.mkdir()
+        counts = ingest.ingest([text.strip() for text in order], tokenizer, corpus, folder, Progress(quiet=True))
+        part = {"prompt": list(prompt_documents(folder).values())}
+        for name in (*ingest.shard_names(shards), "validation.bin"):
+            ids = np.fromfile(folder / name, "<u2")
+            part[name] = [tokenizer.decode(piece) for piece in split_at_eos(ids, 0)] if len(ids) else []
+        together = [text for side in part.values() for text in side]
+        assert sorted(together) == sorted({text.strip() for text in texts} - {""})
+        assert counts["read"] == len(order) == sum(counts[name] for name in counts if name != "read")
+        parts.append({name: set(side) for name, side in part.items()})
+    assert parts[0] == parts[1]
+
+
+def test_the_text_of_the_special_token_ends_no_document(tmp_path):
+    texts = [f"number {i} {EOS} goes on" for i in range(60)]
+    store = prepared(Corpus(source=text_folder(tmp_path, texts), vocabulary=300, shards=2), tmp_path)
+    documents = split_at_eos(training_ids(store), store.tokenizer.eos_id)
+    assert len(documents) == store.meta["documents"]["train"] > 20
+    assert {store.tokenizer.decode(ids) for ids in documents} <= set(texts)
+
+
+def test_jax_is_not_needed(store):
+    code = "import sys, natfp_jax.corpus; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from natfp_jax import ingest
+from natfp_jax.config import from_json, Corpus
+from natfp_jax.corpus import prepare
+from natfp_jax.progress import Progress
+import json
+ingest._BATCH_DOCUMENTS = 16
+root, corpus, fsyncs = Path(sys.argv[1]), from_json(Corpus, json.loads(sys.argv[2])), int(sys.argv[3])
+fsync, done = os.fsync, 0
+def counted(number):
+    global done
+    done += 1
+    if done == fsyncs:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(number)
+os.fsync = counted
+print("ready", flush=True)
+prepare(corpus, root, Progress(quiet=True))
+"""
+
+
+def killable(root, fsyncs=0):
+    from natfp_jax.config import to_json
+
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(root), json.dumps(to_json(CORPUS)), str(fsyncs)], stdout=subprocess.PIPE
+    )
+
+
+def test_killed_between_any_two_writes_the_store_is_the_same(store, tmp_path):
+    kills = 0
+    for fsyncs in (1, 2, 5, 9, 33, 150):
+        with killable(tmp_path, fsyncs) as process:
+            process.communicate(timeout=60)
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 6
+    assert contents(prepared(CORPUS, tmp_path).folder) == contents(store.folder)
+
+
+def test_killed_at_random_moments_the_store_is_the_same(store, tmp_path):
+    generator, kills = random.Random(time.time_ns()), 0
+    for _ in range(6):
+        with killable(tmp_path) as process:
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(generator.uniform(0.02, 0.25))
+            process.kill()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills
+    assert contents(prepared(CORPUS, tmp_path).folder) == contents(store.folder)
+
+
+def test_two_processes_at_once_make_one_store(store, tmp_path):
+    processes = [killable(tmp_path) for _ in range(2)]
+    for process in processes:
+        process.communicate(timeout=60)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert contents(prepared(CORPUS, tmp_path).folder) == contents(store.folder)
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    seq_len=st.integers(1, 20),
+    data=st.data(),
+)
+def test_windows_are_those_of_the_concatenation(lengths, seq_len, data):
+    ids = np.arange(sum(lengths), dtype="<u2") * 7
+    shards = np.split(ids, np.cumsum(lengths)[:-1])
+    available = len(ids) // (seq_len + 1)
+    count = data.draw(st.integers(0, available))
+    windows = Windows(shards, seq_len, count)
+    plain = ids[: count * (seq_len + 1)].reshape(count, seq_len + 1)
+    indices = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=8)) if count else [], np.int64)
+    rows = windows.rows(indices)
+    assert rows.dtype == np.int32
+    np.testing.assert_array_equal(rows, plain[indices])
+    assert windows.sha256() == hashlib.sha256(plain.tobytes()).hexdigest()
+    for outside in (-1, count):
+        with pytest.raises(IndexError):
+            windows.rows(np.array([outside]))
+
+
+def test_windows_of_a_store(store):
+    ids = training_ids(store)
+    available = store.tokens // 65
+    windows = store.windows(64, available)
+    np.testing.assert_array_equal(windows.rows(np.arange(available)), ids[: available * 65].reshape(available, 65))
+    assert store.windows(64, 10).sha256() == hashlib.sha256(ids[:650].tobytes()).hexdigest()
+    with pytest.raises(
+        UserError, match=rf"{available + 1} windows of 64 \+ 1 tokens were asked for, it has {available}"
+    ) as caught:
+        store.windows(64, available + 1)
+    one_line(caught)
+
+
+def test_validation_windows(store):
+    ids = np.fromfile(store.folder / "validation.bin", "<u2")
+    rows = store.validation_windows(64, 5)
+    assert rows.dtype == np.int32
+    np.testing.assert_array_equal(rows, ids[: 5 * 65].reshape(5, 65))
+    assert len(store.validation_windows(64, 10**9)) == len(ids) // 65
+    with pytest.raises(UserError, match="its validation part has"):
+        store.validation_windows(len(ids), 5)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_begin_documents_of_the_prompt_part(store):
+    documents = prompt_documents(store.folder)
+    prompts = store.prompts(100, 50, 1)
+    assert len({prompt.text for prompt in prompts}) == len({prompt.id for prompt in prompts}) == 100
+    assert [prompt.document for prompt in prompts] == sorted(prompt.document for prompt in prompts)
+    for prompt in prompts:
+        assert len(prompt.text) == 50
+        assert documents[prompt.document].startswith(prompt.text)
+        assert 0 <= prompt.id < 2**64
+
+
+@pytest.mark.parametrize("offsets", [1, 3])
+def test_more_prompts_begin_with_the_same(store, offsets):
+    assert store.prompts(150, 50, offsets)[:40] == store.prompts(40, 50, offsets)
+
+
+def test_offsets_do_not_overlap_and_the_first_stays(store):
+    documents = prompt_documents(store.folder)
+    prompts = store.prompts(300, 40, 4)
+    firsts = {prompt.document: prompt for prompt in store.prompts(60, 40, 1)}
+    by_document = {}
+    for prompt in prompts:
+        by_document.setdefault(prompt.document, []).append(prompt)
+    assert {prompt.id for prompt in firsts.values()} <= {prompt.id for prompt in prompts}
+    for document, pieces in by_document.items():
+        place = 0
+        for piece in pieces:
+            assert piece.text in documents[document][place:-1]
+            place = documents[document].index(piece.text, place) + len(piece.text)
+    assert max(map(len, by_document.values())) == 4
+
+
+def test_equal_beginnings_are_one_prompt(tmp_path):
+    texts = [f"{'same' * 5}{i}" for i in range(100)] + [f"{i:020d} other" for i in range(100)] + ["short"]
+    store = prepared(Corpus(source=text_folder(tmp_path, texts), vocabulary=300, shards=1), tmp_path)
+    with pytest.raises(UserError, match=r"the corpus has (\d+) prompts of 20 characters, 1000 were asked for") as caught:
+        store.prompts(1000, 20, 1)
+    number = int(re.search(r"has (\d+)", one_line(caught))[1])
+    prompts = store.prompts(number, 20, 1)
+    assert sum(prompt.text == "same" * 5 for prompt in prompts) == 1
+    with pytest.raises(UserError, match="the corpus has 0 prompts of 100 characters"):
+        store.prompts(1, 100, 1)
+
+
+# --- other TFDS data sets ---------------------------------------------------------------------------------------------
+
+
+class ForeignNews(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("2.1.0")
+
+    def _info(self):
+        features = {"body": tfds.features.Text(), "label": np.int64, "title": tfds.features.Text()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(200), "test": self._generate_examples(20)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield (
+                i,
+                {"body": f"News number {i} of {count}: nothing happened. é", "label": i, "title": b"\xff" if i == 7 else "t"},
+            )
+
+
+class Offline(ForeignNews):
+    def _split_generators(self, dl_manager):
+        raise ConnectionError("no route to host\nand more lines")
+
+
+FOREIGN = Tfds(name="foreign_news", text_key="body")
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("tfds")
+    prepared(Corpus(source=dataclasses.replace(FOREIGN, data_dir=str(data_dir)), vocabulary=300), data_dir)  # it is preparable
+    return str(data_dir)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 200), ("test", 20), ("train[:50%]", 100)])
+def test_any_tfds_data_set_is_a_corpus(foreign, tmp_path, split, count, capsys):
+    source = dataclasses.replace(FOREIGN, split=split, data_dir=foreign)
+    store = prepared(Corpus(source=source, vocabulary=300, shards=2), tmp_path)
+    assert store.meta["documents"]["read"] == count
+    assert "foreign_news/2.1.0" in store.meta["provenance"]["source"]
+    assert "nothing happened. é" in store.tokenizer.decode(training_ids(store)[:200])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "no_such_data"}, "TFDS knows no data set 'no_such_data', and none is prepared in .*: look the name up"),
+        ({"name": "../x"}, r"TFDS cannot open '\.\./x'"),
+        ({"name": "wiki40b/xx"}, r"TFDS cannot open 'wiki40b/xx' \(.*BuilderConfig xx not found.*\): check its config"),
+        ({"name": "foreign_news:9.9.9"}, "TFDS cannot open 'foreign_news:9.9.9'"),
+        ({"text_key": "text"}, "no text in 'text': its texts are body, title; set the source's text_key"),
+        ({"text_key": "label"}, "no text in 'label': its texts are body, title"),
+        ({"split": "dev"}, "has no split 'dev': its splits are test, train"),
+        ({"split": "train[x]"}, r"has no split 'train\[x\]'"),
+        ({"text_key": "title"}, r"document \d+ in .*foreign_news/2.1.0 is not UTF-8"),
+        (
+            {"name": "offline", "data_dir": None},
+            r"'offline' is not prepared in .* and cannot be here \(ConnectionError: no route to host\): where there is a net"
+            r"work.* run python -c \"import tensorflow_datasets as tfds, .*; tfds.builder\('offline', data_dir='.*'\)\.down",
+        ),
+    ],
+)
+def test_a_wrong_tfds_source_gives_one_line(foreign, tmp_path, change, message):
+    change = {name: str(tmp_path) if value is None else value for name, value in change.items()}
+    source = dataclasses.replace(FOREIGN, **{"data_dir": foreign, **change})
+    with pytest.raises(UserError, match=message) as caught:
+        prepared(Corpus(source=source, vocabulary=300), tmp_path)
+    one_line(caught)
+
+
+def test_data_without_random_access_gives_one_line(foreign, tmp_path):
+    shutil.copytree(foreign, tmp_path / "tfds")
+    (info,) = (tmp_path / "tfds").rglob("dataset_info.json")
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(
+        UserError, match="is kept as tfrecord, which has no random access here: prepare it as array_record"
+    ) as caught:
+        prepared(Corpus(source=dataclasses.replace(FOREIGN, data_dir=str(tmp_path / "tfds")), vocabulary=300), tmp_path)
+    one_line(caught)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 5000)])
+def test_damaged_tfds_data_gives_one_line(foreign, tmp_path, damage):
+    shutil.copytree(foreign, tmp_path / "tfds")
+    (records,) = (tmp_path / "tfds").rglob("*train.array_record*")
+    damage(records)
+    with pytest.raises(UserError, match="remove that folder") as caught:
+        prepared(Corpus(source=dataclasses.replace(FOREIGN, data_dir=str(tmp_path / "tfds")), vocabulary=300), tmp_path)
+    one_line(caught)
+
+
+# --- what can be wrong ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_another_corpus_is_refused(store, tmp_path):
+    other = prepared(dataclasses.replace(CORPUS, shards=2), tmp_path)
+    mine = tmp_path / "corpora" / store.folder.name
+    shutil.move(other.folder, mine)
+    with pytest.raises(UserError, match=rf'holds corpus {other.folder.name} of .*"shards":2.*expected {store.folder.name} of'):
+        prepared(CORPUS, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train-00001-of-00003.bin", "validation.bin", "prompts.jsonl", "tokenizer.json"])
+def test_a_damaged_store_is_not_opened(store, tmp_path, name):
+    folder = tmp_path / "corpora" / store.folder.name
+    shutil.copytree(store.folder, folder)
+    os.truncate(folder / name, 10)
+    with pytest.raises(UserError, match=rf"{name} has 10 bytes, expected \d+ bytes: remove .* and run the same command again"):
+        prepared(CORPUS, tmp_path)
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing, expected"):
+        prepared(CORPUS, tmp_path)
+
+
+def test_another_tokenizer_in_the_store_is_found(store, tmp_path):
+    folder = tmp_path / "corpora" / store.folder.name
+    shutil.copytree(store.folder, folder)
+    Tokenizer(store.tokenizer.file.replace(b'"ignore_merges":false', b'"ignore_merges":true ')).save(folder / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer.json has sha256 \w+, expected"):
+        prepared(CORPUS, tmp_path)
+
+
+def test_a_given_tokenizer_makes_its_own_store(store, tmp_path):
+    path = tmp_path / "given.json"
+    Tokenizer.train(iter(["some other text"]), 300).save(path)
+    given = dataclasses.replace(CORPUS, tokenizer=str(path))
+    one = prepared(given, tmp_path)
+    assert one.tokenizer == Tokenizer.load(path)
+    Tokenizer.train(iter(["again some other text"]), 310).save(path)
+    assert prepared(given, tmp_path).folder != one.folder
+    with pytest.raises(UserError, match="cannot be read"):
+        prepared(dataclasses.replace(CORPUS, tokenizer=str(tmp_path / "nowhere.json")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocabulary": 100}, "vocabulary 100 is too small"),
+        ({"validation_fraction": 0.5, "prompt_fraction": 0.5}, "leave nothing to train on: their sum must be below 1"),
+        ({"validation_fraction": 0.001, "prompt_fraction": 0.99899}, "none of its 1000 documents is for training"),
+    ],
+)
+def test_a_corpus_without_training_text_gives_one_line(tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        prepared(dataclasses.replace(CORPUS, **change), tmp_path)
+    one_line(caught)
