@@ -48,7 +48,7 @@ def log_likelihood(
     batch: int,
     devices: jax.sharding.Mesh,
 ) -> np.ndarray:
-    """log p(continuation | prompt) in nats for every text, float32 [n]; EOS counts where it was drawn, a truncation adds nothing.
+    """log p(continuation | prompt) in nats for every text, float32 [n]. A drawn EOS counts, a truncation adds nothing.
 
     Args:
       prompts, continuations: ragged ids; every prompt has at least one id.

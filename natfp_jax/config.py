@@ -48,6 +48,7 @@ Positive = Annotated[int, pydantic.Field(gt=0)]
 PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # names a folder
 OpenFraction = Annotated[float, pydantic.Field(gt=0, lt=1)]
 
 
@@ -273,7 +274,7 @@ class Factor(Strict):
 class Study(Strict):
     """One base experiment, its factors and controls, and what is done with the models."""
 
-    name: str
+    name: Name
     experiment: Experiment = Experiment()
     factors: tuple[Factor, ...] = ()
     design: Literal["crossed", "one_at_a_time"] = "crossed"

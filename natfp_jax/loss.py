@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from natfp_jax.model import logits
 
-__all__ = ["blocked_cross_entropy", "block_length"]
+__all__ = ["block_length", "blocked_cross_entropy"]
 
 BLOCK_ROWS = 1024  # tokens a block, so that a block's logits stay near the cache; in the numerics record
 

@@ -3,6 +3,8 @@
 Owns the axes `data`, `fsdp`, `tensor` and what is laid over them. Must not know the model beyond its parameter table.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -26,14 +28,15 @@ def size(mesh: config.Mesh, devices: int) -> config.Mesh:
     data = mesh.data or devices // others
     if data * others != devices:
         raise UserError(
-            f"mesh data {mesh.data or 'rest'} x fsdp {mesh.fsdp} x tensor {mesh.tensor} does not multiply to the {devices} devices at hand"
+            f"run.mesh data {mesh.data or 'rest'} x fsdp {mesh.fsdp} x tensor {mesh.tensor} "
+            f"does not multiply to the {devices} devices at hand"
         )
     return config.Mesh(data, mesh.fsdp, mesh.tensor)
 
 
-def make(mesh: config.Mesh) -> jax.sharding.Mesh:
-    """The mesh over all devices."""
-    devices = jax.devices()
+def make(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh over `devices`, by default all there are."""
+    devices = jax.devices() if devices is None else devices
     sized = size(mesh, len(devices))
     shape = (sized.data, sized.fsdp, sized.tensor)
     # The axis types are named: the default of make_mesh has changed between JAX versions.

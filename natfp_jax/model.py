@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from natfp_jax.config import Model
 from natfp_jax.params import Params, dims
 
-__all__ = ["Cache", "Decoder", "decode", "decoder", "empty_cache", "head", "hidden", "logits"]
+__all__ = ["Cache", "Decoder", "decode", "empty_cache", "head", "hidden", "logits"]
 
 
 class Cache(NamedTuple):
@@ -144,17 +144,17 @@ class Decoder(nn.Module):
 # --- the forward pass as functions of the parameters ------------------------------------------------------------------
 
 
-def decoder(model: Model, vocabulary: int) -> Decoder:
-    """The module for `model` with a padded `vocabulary`."""
-    return Decoder(model, vocabulary)
+def _apply(
+    model: Model, params: Params, tokens_BT: jax.Array, place: _Place, cache: Cache | None
+) -> tuple[jax.Array, Cache | None]:
+    out: Any = Decoder(model, vocabulary=params["embedding"].shape[0]).apply({"params": params}, tokens_BT, place, cache)
+    return out
 
 
 def hidden(model: Model, params: Params, tokens_BT: jax.Array) -> jax.Array:
     """The states `x_BTD` that predict the next token, under causal attention."""
-    vocabulary = params["embedding"].shape[0]
     position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    x_BTD, _ = Decoder(model, vocabulary).apply({"params": params}, tokens_BT, _Place(position_BT, None, 0), None)
-    return x_BTD
+    return _apply(model, params, tokens_BT, _Place(position_BT, None, 0), None)[0]
 
 
 def empty_cache(model: Model, batch: int, slots: int) -> Cache:
@@ -178,8 +178,9 @@ def decode(
     A token attends to the slots that `mask_BTS` allows; its rotary position is `position_BT`, whatever its slot. So one
     function serves prefill (T = prompt) and decoding (T = 1), and ragged rows may write to one common slot.
     """
-    vocabulary = params["embedding"].shape[0]
-    return Decoder(model, vocabulary).apply({"params": params}, tokens_BT, _Place(position_BT, mask_BTS, slot), cache)
+    x_BTD, written = _apply(model, params, tokens_BT, _Place(position_BT, mask_BTS, slot), cache)
+    assert written is not None  # what goes in comes out
+    return x_BTD, written
 
 
 def head(params: Params) -> jax.Array:

@@ -37,7 +37,7 @@ def fold(key: jax.Array, *names: str | int) -> jax.Array:
     return key
 
 
-def stream(seed: int, *names: str | int) -> jax.Array:
+def stream(seed: int | jax.Array, *names: str | int) -> jax.Array:
     """The typed threefry key of the stream `names` of `seed` (an integer below 2^32)."""
     # The implementation is named: draws of rbg depend on the sharding, threefry's do not.
     return fold(jax.random.key(jnp.uint32(seed), impl="threefry2x32"), *names)

@@ -14,6 +14,7 @@ from natfp_jax.checkpoint import Checkpoints
 from natfp_jax.config import Experiment, to_json
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import Identity
+from natfp_jax.lock import LOCK
 
 __all__ = ["MetricsLog", "RunFolder"]
 
@@ -48,7 +49,7 @@ class RunFolder:
                 raise UserError(
                     f"{self.folder} holds the run {owner}, expected {identity.fingerprint}: move it away or give another --out"
                 )
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and has no experiment.json: move it away or give another --out")
         else:
             owner_record = {"fingerprint": identity.fingerprint, "inputs": identity.inputs, "experiment": to_json(experiment)}

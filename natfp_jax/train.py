@@ -147,6 +147,7 @@ def train(
         def keep(step: int) -> dict[str, Any]:
             weights = weight_hash(state.params)
             losses = [float(program.evaluate(state.params, lay(batch))) for batch in validation]
+            val_loss = math.fsum(losses) / len(losses)
             record = {
                 **common,
                 "step": step,
@@ -155,10 +156,10 @@ def train(
                 "init_hash": weights if last is None else last["init_hash"],
                 "order_hash": fed,
                 "parent": None if last is None else {"step": last["step"], "weights": last["weights"]},
-                "val_loss": math.fsum(losses) / len(losses),
+                "val_loss": val_loss,
             }
             checkpoints.save(step, state.params, state.optimiser, record)
-            log.write(step, val_loss=record["val_loss"])
+            log.write(step, val_loss=val_loss)
             return record
 
         def look(step: int, metrics: dict[str, jax.Array]) -> None:

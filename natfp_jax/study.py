@@ -1,0 +1,173 @@
+"""What a study consists of: arms, draws and comparisons.
+
+Owns how factors and controls become arms, which draws are needed, and which sets of draws are compared. Pure: must not know
+files, devices or stages.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from natfp_jax.config import Experiment, Factor, Study, replace, to_json
+from natfp_jax.errors import UserError
+from natfp_jax.files import canonical_json
+
+__all__ = ["Arm", "Comparison", "Draw", "arms", "comparisons", "draws", "lacking", "sampled_steps"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One cell of a study."""
+
+    id: str  # such as "init0-order1"
+    levels: tuple[str, ...]  # of each factor, in the study's order
+    experiment: Experiment
+    twin: bool = False
+
+
+class Draw(NamedTuple):
+    """One sampling of one arm at one checkpoint; number 1 is the second draw of the null."""
+
+    arm: str
+    step: int
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Classes, each of the draws of one or more arms, to be told apart."""
+
+    name: str
+    factor: str  # a factor's name, or "all", "null", "twin"
+    step: int
+    classes: dict[str, tuple[Draw, ...]]
+
+    @property
+    def draws(self) -> list[Draw]:
+        """All draws, in the order of the classes."""
+        return [draw for pooled in self.classes.values() for draw in pooled]
+
+
+def _label(value: Any) -> str:
+    return str(value) if isinstance(value, bool | int | float | str) else canonical_json(to_json(value))
+
+
+def _with(experiment: Experiment, values: tuple[tuple[Factor, Any], ...]) -> Experiment:
+    for factor, value in values:
+        experiment = replace(experiment, factor.path, value)
+    return experiment
+
+
+def arms(study: Study) -> list[Arm]:
+    """The arms; the first is the base arm, of every factor's first level, and a twin comes last.
+
+    Raises:
+      UserError: there is no factor, a factor has fewer than two levels or a level twice, its path or type is wrong, or the
+        steps of an arm are not whole.
+    """
+    factors = study.factors
+    if not factors:
+        raise UserError(f"study {study.name} has no factors: give at least one, such as Factor('seeds.init', (0, 1))")
+    for factor in factors:
+        labels = [_label(level) for level in factor.levels]
+        if len(labels) < 2:
+            raise UserError(f"factor {factor.path} has {len(labels)} level(s) {labels}, expected at least two")
+        if len(set(labels)) < len(labels):
+            raise UserError(f"factor {factor.path} names a level twice: {labels}")
+    if len({factor.name for factor in factors}) < len(factors):
+        raise UserError(f"two factors share a name: {[factor.path for factor in factors]}")
+
+    if study.design == "crossed":
+        cells = list(itertools.product(*(factor.levels for factor in factors)))
+    else:
+        base = tuple(factor.levels[0] for factor in factors)
+        cells = [base]
+        for place, factor in enumerate(factors):
+            cells += [(*base[:place], level, *base[place + 1 :]) for level in factor.levels[1:]]
+    found = []
+    for cell in cells:
+        levels = tuple(_label(level) for level in cell)
+        name = "-".join(f"{factor.name}{level}" for factor, level in zip(factors, levels, strict=True))
+        found.append(Arm(name, levels, _with(study.experiment, tuple(zip(factors, cell, strict=True)))))
+    if study.twin is not None:
+        if study.twin.ulps == 0:
+            raise UserError("twin.ulps is 0, which moves nothing: give 1 or another whole number")
+        first = found[0]
+        found.append(Arm(f"{first.id}-twin", first.levels, replace(first.experiment, "perturb", study.twin), twin=True))
+    for arm in found:
+        _ = arm.experiment.steps  # whole, or an error that says so
+    return found
+
+
+def sampled_steps(study: Study, experiment: Experiment) -> list[int]:
+    """The checkpoints, as steps, at which an arm is drawn."""
+    return sorted({round(fraction * experiment.steps) for fraction in study.sampling.checkpoints})
+
+
+def _steps(study: Study, all_arms: list[Arm]) -> list[dict[str, int]]:
+    """For each sampled fraction of training: arm → step. Arms may differ in their number of steps."""
+    return [
+        {arm.id: round(fraction * arm.experiment.steps) for arm in all_arms}
+        for fraction in sorted(set(study.sampling.checkpoints))
+    ]
+
+
+def comparisons(study: Study) -> list[Comparison]:
+    """At each sampled checkpoint: pairs along each factor, each factor pooled, all arms at once, twin, null."""
+    all_arms = arms(study)
+    grid = [arm for arm in all_arms if not arm.twin]
+    base = grid[0]
+    found = []
+    for step in _steps(study, all_arms):
+        here: list[tuple[str, str, dict[str, tuple[Draw, ...]]]] = []
+
+        def draw(arm: Arm, number: int = 0, step: dict[str, int] = step) -> Draw:
+            return Draw(arm.id, step[arm.id], number)
+
+        for place, factor in enumerate(study.factors):
+            strata: dict[tuple[str, ...], list[Arm]] = {}
+            for arm in grid:
+                strata.setdefault(arm.levels[:place] + arm.levels[place + 1 :], []).append(arm)
+            strata = {rest: members for rest, members in strata.items() if len(members) > 1}
+            others = [f.name for f in study.factors if f is not factor]
+            for rest, members in strata.items():
+                held = ", ".join(f"{name} {level}" for name, level in zip(others, rest, strict=True))
+                for a, b in itertools.combinations(members, 2):
+                    name = f"{factor.name} {a.levels[place]} vs {b.levels[place]}" + (f" ({held})" if held else "")
+                    here.append((name, factor.name, {arm.levels[place]: (draw(arm),) for arm in (a, b)}))
+            pooled: dict[str, tuple[Draw, ...]] = {}
+            for members in strata.values():
+                for arm in members:
+                    pooled[arm.levels[place]] = (*pooled.get(arm.levels[place], ()), draw(arm))
+            if len(strata) > 1 or len(pooled) > 2:  # else it is the one pair again
+                here.append((f"{factor.name} (pooled)", factor.name, pooled))
+        if len(grid) > 2:
+            here.append(("all arms", "all", {arm.id: (draw(arm),) for arm in grid}))
+        for twin in all_arms[len(grid) :]:
+            here.append((f"twin of {base.id}", "twin", {base.id: (draw(base),), twin.id: (draw(twin),)}))
+        here.append((f"null of {base.id}", "null", {"draw 0": (draw(base),), "draw 1": (draw(base, 1),)}))
+        found += [Comparison(name, factor, step[base.id], classes) for name, factor, classes in here]
+    return found
+
+
+def draws(study: Study) -> list[Draw]:
+    """Every draw that some comparison needs, each once."""
+    return list(dict.fromkeys(draw for comparison in comparisons(study) for draw in comparison.draws))
+
+
+def lacking(study: Study) -> list[str]:
+    """The controls and the claims that the study cannot make, a sentence each."""
+    said = []
+    if study.twin is None:
+        said.append(
+            "No twin control: whether a change of one unit in the last place already makes models recognisable is not shown."
+        )
+    if not any(factor.path.startswith("corpus") for factor in study.factors):
+        said.append("No other-data control: that the classifiers find a difference which is surely there is not shown.")
+    for factor in study.factors:
+        if len(factor.levels) < 5:
+            said.append(
+                f"Factor {factor.name} has {len(factor.levels)} levels: the p-values say that these runs differ, not how much "
+                "runs in general do; no interval over runs is given."
+            )
+    return said
