@@ -7,9 +7,12 @@ the name under which a source's data is known, which changes when the data does.
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grain
 import tensorflow_datasets as tfds
 
 from natfp_jax import config
@@ -88,12 +91,15 @@ class Source:
                         self.builder.prepare(advance)
         with quiet():
             try:
-                data = self.builder.as_data_source(self.split)
+                if self.builder.info.file_format == tfds.core.FileFormat.TFRECORD:
+                    data: Any = _TFRecords(self.builder, self.split)
+                else:
+                    data = self.builder.as_data_source(self.split)
             except NotImplementedError:
+                kept = self.builder.info.file_format.value
                 raise UserError(
-                    f"{self.builder.info.full_name} in {self.builder.data_dir} is kept as "
-                    f"{self.builder.info.file_format.value}, which has no random access here: prepare it as array_record, in "
-                    f"another data_dir"
+                    f"{self.builder.info.full_name} in {self.builder.data_dir} is kept as {kept}, "
+                    f"expected array_record or tfrecord: prepare it as one of these, in another data_dir"
                 ) from None
         expected = self.builder.info.splits[self.split].num_examples
         if len(data) != expected:
@@ -102,6 +108,36 @@ class Source:
                 f"remove that folder and run the same command again"
             )
         return Documents(self.builder.data_dir, data, self.text_key)
+
+
+class _TFRecords:
+    """The examples of a split that TFDS keeps as TFRecord, read without TensorFlow.
+
+    The format has no random access: cheap while indices rise, a new pass over the files where one falls.
+    """
+
+    def __init__(self, builder: Any, split: str) -> None:
+        self._features, self._split = builder.info.features, builder.info.splits[split]
+        self._next, self._records = 0, self._read()
+
+    def __len__(self) -> int:
+        return int(self._split.num_examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < self._next:
+            self._next, self._records = 0, self._read()
+        try:
+            record = next(itertools.islice(self._records, index - self._next, None))
+        except (StopIteration, ValueError) as error:
+            raise ValueError(f"no whole record {index}: {error}") from None
+        self._next = index + 1
+        example: dict[str, Any] = self._features.deserialize_example_np(record)
+        return example
+
+    def _read(self) -> Iterator[bytes]:
+        for file in self._split.file_instructions:
+            records = iter(grain.experimental.TFRecordIterDataset(file.filename))
+            yield from itertools.islice(records, file.skip, file.skip + file.take)
 
 
 def find(source: config.Source, data_dir: Path, progress: Progress) -> Source:

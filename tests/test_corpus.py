@@ -6,13 +6,16 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -390,13 +393,47 @@ def test_a_wrong_tfds_source_gives_one_line(foreign, tmp_path, change, message):
     one_line(caught)
 
 
-def test_data_without_random_access_gives_one_line(foreign, tmp_path):
+def as_tfrecord(data_dir):
+    """Rewrites prepared array_record files as TFRecord: length, checksum, record, checksum (zero here: not read)."""
+    for path in list(Path(data_dir).rglob("*.array_record-*")):
+        source = ArrayRecordDataSource([str(path)])
+        records = [source[i] for i in range(len(source))]
+        data = b"".join(struct.pack("<QI", len(record), 0) + record + bytes(4) for record in records)
+        path.with_name(path.name.replace("array_record", "tfrecord")).write_bytes(data)
+        path.unlink()
+    (info,) = Path(data_dir).rglob("dataset_info.json")
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+
+
+@pytest.mark.parametrize("split", ["train", "train[25%:75%]"])
+def test_data_prepared_as_tfrecord_gives_the_same_corpus(foreign, tmp_path, split):
+    shutil.copytree(foreign, tmp_path / "tfds")
+    as_tfrecord(tmp_path / "tfds")
+    stores = [
+        prepared(
+            Corpus(source=dataclasses.replace(FOREIGN, split=split, data_dir=str(data_dir)), vocabulary=300), tmp_path / name
+        )
+        for name, data_dir in (("a", foreign), ("b", tmp_path / "tfds"))
+    ]
+    assert stores[0].sha256 == stores[1].sha256
+    assert stores[0].meta["documents"] == stores[1].meta["documents"]
+
+
+def test_a_truncated_tfrecord_gives_one_line(foreign, tmp_path):
+    shutil.copytree(foreign, tmp_path / "tfds")
+    as_tfrecord(tmp_path / "tfds")
+    (records,) = (tmp_path / "tfds").rglob("*train.tfrecord*")
+    os.truncate(records, 5000)
+    with pytest.raises(UserError, match="remove that folder") as caught:
+        prepared(Corpus(source=dataclasses.replace(FOREIGN, data_dir=str(tmp_path / "tfds")), vocabulary=300), tmp_path)
+    one_line(caught)
+
+
+def test_data_in_another_format_gives_one_line(foreign, tmp_path):
     shutil.copytree(foreign, tmp_path / "tfds")
     (info,) = (tmp_path / "tfds").rglob("dataset_info.json")
-    info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(
-        UserError, match="is kept as tfrecord, which has no random access here: prepare it as array_record"
-    ) as caught:
+    info.write_text(info.read_text().replace("array_record", "riegeli"))
+    with pytest.raises(UserError, match="is kept as riegeli, expected array_record or tfrecord") as caught:
         prepared(Corpus(source=dataclasses.replace(FOREIGN, data_dir=str(tmp_path / "tfds")), vocabulary=300), tmp_path)
     one_line(caught)
 
