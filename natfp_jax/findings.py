@@ -1,0 +1,227 @@
+"""What a study found, in words and in the terminal's table.
+
+Owns the verdicts, what the numbers cover and do not cover, and the form of every number. Everything is a function of the
+summary alone; must not know files or how anything was computed.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Line", "Row", "Summary", "cells", "confused", "coverage", "headline", "interval", "lines", "table", "verdicts"]
+
+SIGNIFICANT = 0.05  # of the p-value after Holm
+LEAK = 0.01  # the same, for a null
+BEYOND = 4  # standard errors above the ceiling that no classifier of a sound study reaches, among hundreds of tests
+FOLD = 12  # more pairs of one factor at one checkpoint become one line in the terminal and in the figure
+
+Summary = dict[str, Any]
+Row = dict[str, Any]  # one classifier's result on one comparison
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def interval(row: Row, name: str = "accuracy", bounds: str = "ci95") -> str:
+    """A fraction with its bounds, in percent."""
+    low, high = row[bounds]
+    return f"{percent(row[name])} [{percent(low)}, {percent(high)}]"
+
+
+def p_text(value: float, sign: str = "") -> str:
+    return "< 0.0001" if value < 0.00005 else f"{sign}{value:.4f}"
+
+
+def _both_p(row: Row) -> str:
+    return f"p {p_text(row['p_value'], '= ')}, Holm {p_text(row['p_holm'])}"
+
+
+def _pooled(row: Row) -> bool:
+    return bool(row["name"] == f"{row['factor']} (pooled)")
+
+
+def _groups(summary: Summary) -> dict[tuple[int, str], list[Row]]:
+    """(Checkpoint, factor) → its rows."""
+    found: dict[tuple[int, str], list[Row]] = {}
+    for row in summary["comparisons"]:
+        found.setdefault((row["checkpoint"], row["factor"]), []).append(row)
+    return found
+
+
+def headline(summary: Summary) -> str:
+    """The first line of the report: the study's name, and whether compared arms differ in their numerics record."""
+    differ = summary["numerics"]["differ"]
+    if not differ:
+        return str(summary["study"])
+    fields = ", ".join(dict.fromkeys(f"{field} ({one['stage']})" for one in differ for field in one["fields"]))
+    count = len({(one["comparison"], one["checkpoint"]) for one in differ})
+    total = len({(row["name"], row["checkpoint"]) for row in summary["comparisons"]})
+    return (
+        f"{summary['study']}: WARNING, in {count} of {total} comparisons the arms do not share the numerics record; they "
+        f"differ in {fields}, which may be what is recognised"
+    )
+
+
+def verdicts(summary: Summary) -> list[str]:
+    """What the study found, a sentence for each factor at each checkpoint, from its pooled test or its only pair."""
+    said, nulls = [], []
+    for (step, factor), group in _groups(summary).items():
+        if factor == "null":
+            nulls += group
+            continue
+        decisive = [row for row in group if _pooled(row)] or group
+        row = decisive[0]
+        found = "; ".join(_finding(row) for row in decisive)
+        low, _ = row["ceiling_ci95"]
+        proof = "the models differ" if low > row["chance"] else "that the models differ is not shown"
+        bounds = f"chance {percent(row['chance'])} %, ceiling {interval(row, 'ceiling', 'ceiling_ci95')} %: {proof}"
+        said.append(f"{row['name']} at step {step}: {found}; {bounds}.")
+    return said + _null(nulls) + _impossible(summary) + _powerless(summary)
+
+
+def _finding(row: Row) -> str:
+    if row["p_holm"] < SIGNIFICANT:
+        return f"recognisable by {row['classifier']}, {interval(row)} %, {_both_p(row)}"
+    most = f"at most {percent(row['ci95'][1])} %"
+    return f"not shown at this power by {row['classifier']}, {percent(row['accuracy'])} %, {most}, {_both_p(row)}"
+
+
+def _null(rows: list[Row]) -> list[str]:
+    leaks = [row for row in rows if row["p_holm"] < LEAK]
+    if leaks:
+        return [
+            f"LEAK: {row['name']} at step {row['checkpoint']} is recognisable by {row['classifier']}, {interval(row)} %, "
+            f"{_both_p(row)}. Two draws of one model must not be: trust no other number here."
+            for row in leaks
+        ]
+    points = 100 * max((max(row["ci95"][1] - row["chance"], 0) for row in rows), default=0)
+    return [f"Null: no leak above {points:.1f} points, at any checkpoint, by any classifier."] if rows else []
+
+
+def _impossible(summary: Summary) -> list[str]:
+    """Classifiers far beyond the likelihood ceiling: texts or likelihoods are then not what they claim to be."""
+
+    def variance(bounds: Sequence[float]) -> float:
+        return ((bounds[1] - bounds[0]) / 3.92) ** 2  # 95 % of a normal law lie within 3.92 standard errors
+
+    return [
+        f"IMPOSSIBLE: {row['classifier']} at step {row['checkpoint']} of {row['name']} reads {interval(row)} %, above the "
+        f"ceiling of {interval(row, 'ceiling', 'ceiling_ci95')} %: texts or likelihoods are wrong."
+        for row in summary["comparisons"]
+        if row["accuracy"] - row["ceiling"] > BEYOND * math.sqrt(variance(row["ci95"]) + variance(row["ceiling_ci95"]))
+    ]
+
+
+def _least_p(summary: Summary) -> tuple[float, float]:
+    """The least p-value that one test can reach, before and after Holm."""
+    least = 1 / (1 + summary["settings"]["attribution"]["permutations"])
+    return least, min(1, least * len(summary["comparisons"]))
+
+
+def _powerless(summary: Summary) -> list[str]:
+    _, least = _least_p(summary)
+    said = f"No test can reach p Holm < {SIGNIFICANT}: the least is {p_text(least)}. Raise attribution.permutations."
+    return [said] if least >= SIGNIFICANT else []
+
+
+def coverage(summary: Summary) -> list[str]:
+    """What the numbers cover, and what they do not."""
+    settings, (least, least_holm) = summary["settings"]["attribution"], _least_p(summary)
+    return [
+        "Accuracy is of texts that no choice was made on: the classifiers are fitted on the training part and their penalty is "
+        "chosen on the validation part; no document is on two sides.",
+        "The p-value permutes the labels among the texts of one prompt, the classifier fixed; the interval resamples "
+        f"documents ({settings['bootstraps']} times, 95 %). Both cover the choice of the test texts. They do not cover the "
+        "training of the classifier, nor that of the models: another run of the same level may read otherwise.",
+        f"Holm's correction is over all {len(summary['comparisons'])} tests of this study. With {settings['permutations']} "
+        f"permutations the least value that a test can reach is {p_text(least)} before and {p_text(least_holm)} after it.",
+        "The ceiling is the accuracy of the likelihood itself on the same texts: no classifier can be better but by chance. "
+        "Where its interval lies above chance, the models differ, whether or not a classifier finds it.",
+        "Accuracies of comparisons with different numbers of classes are not comparable; AUC (mean over pairs of classes) and "
+        "bits per text (log2 of the classes less the log-loss; negative where the classifier is worse than a guess) are.",
+    ]
+
+
+def confused(summary: Summary) -> list[Row]:
+    """The rows whose confusions are shown: all arms at the last checkpoint, or a study's only factor where that is all."""
+    factor = "all" if any(row["factor"] == "all" for row in summary["comparisons"]) else summary["comparisons"][0]["factor"]
+    last = max(row["checkpoint"] for row in summary["comparisons"])
+    return [row for row in summary["comparisons"] if (row["factor"], row["checkpoint"]) == (factor, last)]
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """One comparison under one classifier, or many pairs of one factor."""
+
+    name: str
+    checkpoint: int
+    factor: str
+    rows: list[Row]
+
+
+def lines(summary: Summary) -> list[Line]:
+    """The lines of the terminal's table, by checkpoint; many pairs of one factor become one."""
+    found = []
+    for (step, factor), group in _groups(summary).items():
+        pairs: dict[str, list[Row]] = {}  # classifier → pairs
+        for row in group:
+            if not _pooled(row):
+                pairs.setdefault(row["classifier"], []).append(row)
+        count = len(next(iter(pairs.values()), []))
+        if count > FOLD:
+            found += [Line(f"{factor}: {count} pairs", step, factor, rows) for rows in pairs.values()]
+            group = [row for row in group if _pooled(row)]
+        found += [Line(row["name"], step, factor, [row]) for row in group]
+    return sorted(found, key=lambda line: line.checkpoint)
+
+
+def cells(rows: list[Row]) -> list[str]:
+    """The numbers of a line, from accuracy to ceiling."""
+
+    def middle(name: str) -> float:
+        return median(row[name] for row in rows)
+
+    if len(rows) == 1:
+        accuracy, p, holm = interval(rows[0]), p_text(rows[0]["p_value"]), p_text(rows[0]["p_holm"])
+    else:
+        found = [row["accuracy"] for row in rows]
+        accuracy, p = f"{percent(middle('accuracy'))} ({percent(min(found))}–{percent(max(found))})", ""
+        holm = f"{sum(row['p_holm'] < SIGNIFICANT for row in rows)} of {len(rows)}"
+    auc, bits = f"{middle('auc'):.3f}", f"{middle('bits_per_text'):+.3f}"
+    return [accuracy, percent(middle("chance")), p, holm, auc, bits, percent(middle("ceiling"))]
+
+
+def table(summary: Summary) -> Table:
+    """The terminal's table: 100 columns, however many arms."""
+    shown_lines = lines(summary)
+    folded = any(len(line.rows) > 1 for line in shown_lines)
+    caption = "p and interval cover the choice of test texts, not the training of classifiers or models; Holm covers the study."
+    if folded:
+        caption += f" A line of pairs: medians, (min–max), and how many have p Holm < {SIGNIFICANT}; all are in report.md."
+    # Text, not str: names with square brackets are no markup.
+    shown = Table(title=Text(headline(summary)), caption=Text(caption), box=box.SIMPLE, padding=0)
+    shown.add_column("comparison", overflow="fold")
+    shown.add_column("step", justify="right")
+    shown.add_column("by")
+    for name in ("accuracy % [95 %]", "chance", "p", "p Holm", "AUC", "bits/\ntext", "ceiling"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for before, line, after in zip([None, *shown_lines], shown_lines, [*shown_lines[1:], None], strict=False):
+        first = before is None or (before.name, before.checkpoint) != (line.name, line.checkpoint)
+        style = "cyan" if line.factor in ("null", "twin") else "bold" if line.factor == "all" or _pooled(line.rows[0]) else ""
+        shown.add_row(
+            Text(line.name if first else ""),
+            str(line.checkpoint) if first else "",
+            line.rows[0]["classifier"],
+            *cells(line.rows),
+            style=style,
+            end_section=after is not None and after.checkpoint != line.checkpoint,
+        )
+    return shown

@@ -1,0 +1,106 @@
+"""The page report.md.
+
+Owns what stands on it and in which order. A function of the summary alone; must not know files or how anything was computed.
+"""
+
+import json
+from collections.abc import Sequence
+
+from natfp_jax.findings import Summary, cells, confused, coverage, headline, interval, verdicts
+
+__all__ = ["markdown"]
+
+TOLD = 10  # telling pieces shown for each class
+
+
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+    """A Markdown table whose first `words` columns are words and whose others are numbers."""
+    rule = ["---" if place < words else "---:" for place in range(len(header))]
+    cells = ([cell.replace("|", "\\|") for cell in row] for row in (header, rule, *rows))
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _piece(text: str) -> str:
+    """A piece of text as code: what cannot be seen is written out."""
+    seen = repr(text)[1:-1].replace(" ", "␣")
+    return f"`` {seen} ``" if "`" in seen else f"`{seen}`"
+
+
+def _comparison_grid(summary: Summary) -> str:
+    header = ["comparison", "classifier", "step", "accuracy % [95 %]", "chance %", "p", "p Holm", "AUC", "bits/text"]
+    rows = [
+        [
+            *(row["name"], row["classifier"], str(row["checkpoint"]), *cells([row])[:-1]),
+            *(interval(row, "ceiling", "ceiling_ci95"), str(row["test_texts"]), str(row["test_prompts"])),
+        ]
+        for row in summary["comparisons"]
+    ]
+    return _grid([*header, "ceiling % [95 %]", "test texts", "test prompts"], rows, words=2)
+
+
+def _arm_grid(summary: Summary) -> str:
+    arms = summary["arms"]
+    hashes = ("fingerprint", "init_hash", "order_hash", "final_hash")
+    header = ["arm", "fingerprint", "initial weights", "order", "final weights", "seeds", "val. loss", "steps", "tokens"]
+    rows = [
+        [
+            *(arm["id"], *(f"`{arm[name][:12]}`" for name in hashes)),
+            ", ".join(f"{name} {seed}" for name, seed in arm["seeds"].items()),
+            *(f"{arm['val_loss']:.4f}", f"{arm['steps']:,}", f"{arm['tokens']:,}"),
+        ]
+        for arm in arms
+    ]
+    weights, orders, final = (len({arm[name] for arm in arms}) for name in hashes[1:])
+    proof = f"{len(arms)} arms; different initial weights: {weights}, orders: {orders}, final weights: {final}."
+    return f"{_grid(header, rows, words=6)}\n\n{proof}"
+
+
+def _stage_grid(summary: Summary) -> str:
+    rows = []
+    for stage, entry in summary["stages"].items():
+        amounts = [(amount, name) for name, amount in entry.items() if name != "seconds"]
+        rate = ", ".join(f"{amount / max(entry['seconds'], 0.01):,.0f} {name}/s" for amount, name in amounts)
+        rows.append([stage, f"{entry['seconds']:,.1f}", ", ".join(f"{amount:,} {name}" for amount, name in amounts), rate])
+    return _grid(["stage", "seconds", "amount", "rate"], rows, words=1)
+
+
+def markdown(summary: Summary) -> str:
+    """The page report.md."""
+    corpus, rows = summary["corpus"], confused(summary)
+    scene = f"{rows[0]['name']}, step {rows[0]['checkpoint']}"
+    telling = [
+        [row["classifier"], name, " ".join(map(_piece, pieces[:TOLD]))]
+        for row in rows
+        for name, pieces in row["telling"].items()
+    ]
+    numerics = json.dumps(summary["numerics"], indent=1, ensure_ascii=False)
+
+    def bullets(lines: list[str]) -> str:
+        return "\n".join(f"- {line}" for line in lines)
+
+    blocks = [
+        f"# {headline(summary)}",
+        f"Corpus {corpus['name']}, {corpus['tokens']:,} training tokens, sha256 `{corpus['sha256'][:16]}`; study "
+        f"`{summary['fingerprint'][:16]}`.",
+        bullets(verdicts(summary)),
+        "## Comparisons",
+        _comparison_grid(summary),
+        "![accuracies with intervals, chance and ceilings](accuracies.png)",
+        "*Bars are 95 % intervals over test documents; dashed lines are chance, diamonds the likelihood ceiling.*",
+        f"## Who is taken for whom: {scene}",
+        *(f"![confusion matrix, {row['classifier']}](confusion-{row['classifier']}.png)" for row in rows),
+        "The pieces that speak most for each source, strongest first:",
+        _grid(["classifier", "source", "pieces"], telling, words=3),
+        "## Training",
+        "![loss curves](losses.png)",
+        _arm_grid(summary),
+        "## What the numbers cover",
+        bullets(coverage(summary)),
+        "## What this study lacks",
+        bullets(summary["lacking"]) or "Nothing that is known of.",
+        "## Time",
+        _stage_grid(summary),
+        "## Numerics",
+        f"<details><summary>What bits may depend on beyond the experiments</summary>\n\n```json\n{numerics}\n```\n\n</details>",
+    ]
+    return "\n\n".join(blocks) + "\n"

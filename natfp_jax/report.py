@@ -1,0 +1,133 @@
+"""The report stage: summary.json, report.md and its figures.
+
+Owns which files there are, what goes into the summary, and when they are made anew. Must not know how results are put into
+words or drawn.
+"""
+
+from typing import Any
+
+from natfp_jax import __version__, config, files, texts
+from natfp_jax.errors import UserError
+from natfp_jax.findings import Row, Summary, confused, lines
+from natfp_jax.page import markdown
+from natfp_jax.stages import Work
+from natfp_jax.study import lacking
+
+__all__ = ["report", "summarise"]
+
+
+def summarise(work: Work) -> Summary:
+    """Everything that the report says, as JSON values.
+
+    Raises:
+      UserError: the study is not attributed.
+    """
+    path = work.folder / "attribution.json"
+    if not path.exists():
+        raise UserError(f"{path} does not exist: run `natfp attribute` first")
+    attributed = files.read_json(path)
+    records = {arm: _records(work, arm) for arm in work.arms}
+    summary = {
+        "study": work.study.name,
+        "fingerprint": files.read_json(work.folder / "study.json")["fingerprint"],
+        "corpus": {"name": work.store.meta["name"], "sha256": work.store.sha256, "tokens": work.store.tokens},
+        "comparisons": attributed["comparisons"],
+        "arms": [_arm(work, arm, records[arm][work.arms[arm].experiment.steps]) for arm in work.arms],
+        "stages": files.read_json(work.folder / "timings.json"),
+        "numerics": _numerics(work, records),
+        "settings": {name: config.to_json(getattr(work.study, name)) for name in ("sampling", "attribution")},
+        "lacking": lacking(work.study),
+    }
+    shown = files.hash_json({"version": __version__, **summary})
+    return {**summary, "inputs": {"attribution": attributed["inputs"], "summary": shown}}
+
+
+def _records(work: Work, arm: str) -> dict[int, dict[str, Any]]:
+    """Step → the record of each checkpoint of an arm."""
+    with work.run_of(arm).checkpoints() as checkpoints:
+        return {step: checkpoints.record(step) for step in checkpoints.steps()}
+
+
+def _arm(work: Work, arm: str, last: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": arm,
+        "fingerprint": work.identities[arm].fingerprint,
+        "seeds": config.to_json(work.arms[arm].experiment.seeds),
+        "init_hash": last["init_hash"],
+        "order_hash": last["order_hash"],
+        "final_hash": last["weights"],
+        "val_loss": last["val_loss"],
+        "steps": last["step"],
+        "tokens": last["tokens"],
+    }
+
+
+def _numerics(work: Work, records: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """Every numerics record with those it is of, and where the sources of one comparison do not share one."""
+    drawn = {one: texts.read_record(work.draw_path(one))["numerics"] for c in work.comparisons for one in c.draws}
+    differ = []
+    for comparison in work.comparisons:
+        # Bits depend on every stretch of training up to the draw: a resumed arm may have more than one record.
+        trained = [
+            record["numerics"] for one in comparison.draws for step, record in records[one.arm].items() if step <= one.step
+        ]
+        for stage, found in (("train", trained), ("sample", [drawn[one] for one in comparison.draws])):
+            names = dict.fromkeys(name for record in found for name in record)
+            if fields := [name for name in names if any(record.get(name) != found[0].get(name) for record in found)]:
+                place = {"comparison": comparison.name, "checkpoint": comparison.step}
+                differ.append({**place, "stage": stage, "fields": fields})
+    every_training = [
+        (f"{arm} @ {step}", record["numerics"]) for arm, steps in records.items() for step, record in steps.items()
+    ]
+    every_draw = [(work.draw_path(one).stem, record) for one, record in drawn.items()]
+    return {"differ": differ, "train": _distinct(every_training), "sample": _distinct(every_draw)}
+
+
+def _distinct(records: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, record in records:
+        found.setdefault(files.canonical_json(record), {"of": [], "record": record})["of"].append(name)
+    return list(found.values())
+
+
+def report(work: Work) -> Summary:
+    """Writes the report's files below `report/`, unless they show the same already; returns the summary.
+
+    Raises:
+      UserError: the study is not attributed.
+    """
+    summary = summarise(work)
+    folder = work.folder / "report"
+    rows = confused(summary)
+    names = ["accuracies.png", "losses.png", *(f"confusion-{row['classifier']}.png" for row in rows)]
+    done = all((folder / name).exists() for name in (*names, "report.md", "summary.json"))
+    if done and files.read_json(folder / "summary.json").get("inputs") == summary["inputs"]:
+        return summary
+
+    from natfp_jax import figures  # a complete study never waits for matplotlib
+
+    panels: dict[int, list[tuple[str, list[Row]]]] = {}
+    for line in lines(summary):
+        panels.setdefault(line.checkpoint, []).append((line.name, line.rows))
+    drawings = [figures.accuracies(panels), figures.losses(_curves(work, summary)), *map(figures.confusion, rows)]
+    for name, figure in zip(names, drawings, strict=True):
+        figures.save(figure, folder / name)
+    with files.whole_file(folder / "report.md", "w", encoding="utf-8") as file:
+        file.write(markdown(summary))
+    files.write_json(folder / "summary.json", summary)  # last: it says that the rest is there
+    return summary
+
+
+def _curves(work: Work, summary: Summary) -> dict[str, list[tuple[float, float, bool]]]:
+    """Arm → (tokens, loss, whether of the validation part)."""
+    curves = {}
+    for arm in summary["arms"]:
+        each = arm["tokens"] / arm["steps"]
+        lines = work.run_of(arm["id"]).metrics()
+        curves[arm["id"]] = [
+            (each * line["step"], line[name], name == "val_loss")
+            for line in lines
+            for name in ("loss", "val_loss")
+            if name in line
+        ]
+    return curves
