@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import pydantic
+import pydantic_core
 
 from natfp_jax.errors import UserError
-from natfp_jax.files import canonical_json, hash_json
+from natfp_jax.files import hash_json
 
 __all__ = [
     "Attribution",
@@ -129,7 +130,7 @@ class Model(Strict):
     tied: bool = True  # the head is the embedding
     rope_theta: PositiveFloat = 10_000.0
     norm_epsilon: PositiveFloat = 1e-6
-    init_scale: PositiveFloat = 0.02  # standard deviation of the embedding; matrices have 1 / sqrt(fan in)
+    init_scale: PositiveFloat = 0.02  # standard deviation of the embedding; the other parameters' are in params.table
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are always float32
 
 
@@ -289,9 +290,17 @@ class Study(Strict):
 Config = TypeVar("Config")
 
 
+# Serialises by what a value is, whatever its annotation says; NaN stays NaN, which no field takes, instead of becoming None.
+_ANY: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(Any, config=pydantic.ConfigDict(ser_json_inf_nan="constants"))
+
+
 def _first_problem(error: pydantic.ValidationError) -> str:
     problem = error.errors()[0]
     return problem["msg"][0].lower() + problem["msg"][1:]
+
+
+def _place(error: pydantic.ValidationError) -> str:
+    return ".".join(str(part) for part in error.errors()[0]["loc"])
 
 
 def replace(config: Config, path: str, value: Any) -> Config:
@@ -328,11 +337,11 @@ def override(config: Config, assignment: str) -> Config:
 def _checked(annotation: Any, value: Any, path: str, text: str | None = None) -> Any:
     # JSON mode: tuples are written as lists and nested dataclasses as objects, and strictness about scalars stays.
     try:
-        plain = pydantic.TypeAdapter(Any).dump_json(value)
-        return pydantic.TypeAdapter(annotation).validate_json(plain, strict=True)
+        return pydantic.TypeAdapter(annotation).validate_json(json.dumps(to_json(value)), strict=True)
     except pydantic.ValidationError as error:
         got = repr(value) if text is None else repr(text)
-        raise UserError(f"{path}: got {got}, {_first_problem(error)}") from None
+        place = _place(error)  # of a nested field, or of an item
+        raise UserError(f"{path}: got {got}, {place + ': ' if place else ''}{_first_problem(error)}") from None
 
 
 def _replace(config: Any, parts: list[str], done: tuple[str, ...], read: Any) -> Any:
@@ -352,9 +361,17 @@ def _replace(config: Any, parts: list[str], done: tuple[str, ...], read: Any) ->
     return dataclasses.replace(config, **{name: value})
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """The whole configuration as JSON values."""
-    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+def to_json(config: Any) -> Any:
+    """The whole configuration as JSON values.
+
+    Raises:
+      UserError: it holds something that is none.
+    """
+    try:
+        return _ANY.dump_python(config, mode="json")
+    except pydantic_core.PydanticSerializationError as error:
+        kinds = "numbers, texts, truth values, None, tuples and configurations"
+        raise UserError(f"a configuration holds {kinds} only: {str(error).splitlines()[0]}") from None
 
 
 def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
@@ -364,10 +381,9 @@ def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
       UserError: a field is unknown or has the wrong type.
     """
     try:
-        return pydantic.TypeAdapter(kind).validate_json(canonical_json(values), strict=True)
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except pydantic.ValidationError as error:
-        place = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise UserError(f"not a {kind.__name__}: {place}: {_first_problem(error)}") from None
+        raise UserError(f"not a {kind.__name__}: {_place(error)}: {_first_problem(error)}") from None
 
 
 def load_study(path: Path) -> Study:
@@ -383,7 +399,7 @@ def load_study(path: Path) -> Study:
     except UserError:
         raise
     except Exception as error:  # whatever the user's Python does: one line, with the place it happened
-        raise UserError(f"{path} failed: {type(error).__name__}: {error}") from None
+        raise UserError(f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())}") from None
     study = names.get("study")
     if not isinstance(study, Study):
         raise UserError(f"{path} must define `study = Study(...)`, got {type(study).__name__}")

@@ -20,6 +20,7 @@ from natfp_jax.params import Params, flatten
 
 __all__ = ["Identity", "identity", "numerics", "weight_hash"]
 
+RECIPE = 1  # raised when a change of the code leads the same experiment to other weights: old runs are then not its own
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "scikit-learn")
 
 
@@ -38,7 +39,7 @@ class Identity:
     """What an experiment is once its corpus is known: the hashes that decide the weights, and the fingerprint over all."""
 
     fingerprint: str
-    inputs: dict[str, str]  # the sha256 of "corpus", "tokenizer", "pool"
+    inputs: dict[str, str]  # the sha256 of "corpus", "tokenizer", "pool"; the "recipe" of the code
 
     @property
     def short(self) -> str:
@@ -48,7 +49,7 @@ class Identity:
 
 def identity(experiment: Experiment, corpus: str, tokenizer: str, pool: str) -> Identity:
     """The identity of `experiment` on a corpus, tokenizer and pool with these sha256."""
-    inputs = {"corpus": corpus, "tokenizer": tokenizer, "pool": pool}
+    inputs = {"corpus": corpus, "tokenizer": tokenizer, "pool": pool, "recipe": str(RECIPE)}
     return Identity(config.fingerprint(experiment, inputs), inputs)
 
 

@@ -8,8 +8,10 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from natfp_jax.errors import UserError
 from natfp_jax.progress import Progress
@@ -17,6 +19,7 @@ from natfp_jax.progress import Progress
 __all__ = ["LOCK", "alone", "held"]
 
 LOCK = ".lock"
+_TRIES, _PAUSE = 5, 0.05  # seconds; `held` has a lock for a moment
 
 
 @contextlib.contextmanager
@@ -31,19 +34,28 @@ def alone(folder: Path, progress: Progress | None = None) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(file):
             if progress is None:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
-                raise UserError(f"{folder} is in use by another process ({holder}): wait for it or stop it") from None
+                raise UserError(f"{folder} is in use by another process ({holder}): wait for it or stop it")
             progress.say(f"another process prepares {folder}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _taken(file: IO[str]) -> bool:
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PAUSE)
+        else:
+            return True
+    return False
 
 
 def held(folder: Path) -> bool:

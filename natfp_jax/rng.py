@@ -43,7 +43,8 @@ def stream(seed: int | jax.Array, *names: str | int) -> jax.Array:
     return fold(jax.random.key(jnp.uint32(seed), impl="threefry2x32"), *names)
 
 
-def generator(seed: int, *names: str | int) -> np.random.Generator:
-    """The NumPy generator of the stream `names` of `seed`, for what runs on the host."""
-    entropy = [seed, *(word for name in names for word in words(name))]
+def generator(seed: int, name: str, *names: str | int) -> np.random.Generator:
+    """The NumPy generator of a named stream of `seed`, for what runs on the host."""
+    # At least one name, a text: a SeedSequence fills up with zeros, so that the number 0 alone would be no name at all.
+    entropy = [seed, *(word for part in (name, *names) for word in words(part))]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))

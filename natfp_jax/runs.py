@@ -43,17 +43,21 @@ class RunFolder:
           UserError: it is another experiment's, or holds files of no known owner.
         """
         path = self.folder / "experiment.json"
+        others = [other for other in self.folder.iterdir() if other.name != LOCK] if self.folder.is_dir() else []
+        remains = [other for other in others if other.match(".*.tmp")]  # of a killed process
         if path.exists():
             owner = files.read_json(path).get("fingerprint")
             if owner != identity.fingerprint:
                 raise UserError(
                     f"{self.folder} holds the run {owner}, expected {identity.fingerprint}: move it away or give another --out"
                 )
-        elif self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
+        elif len(others) > len(remains):
             raise UserError(f"{self.folder} is not empty and has no experiment.json: move it away or give another --out")
         else:
             owner_record = {"fingerprint": identity.fingerprint, "inputs": identity.inputs, "experiment": to_json(experiment)}
             files.write_json(path, owner_record)
+        for other in remains:
+            other.unlink()
 
     def record(self, step: int) -> dict[str, Any]:
         """What was recorded with the checkpoint at `step`."""
@@ -68,20 +72,24 @@ class RunFolder:
         files.write_json(self.folder / "lineage.json", lineage)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
+        """The lines of metrics.jsonl, by step."""
         lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return sorted((json.loads(line) for line in lines), key=lambda line: line["step"])
 
 
 class MetricsLog:
-    """metrics.jsonl, a line a logged step, and TensorBoard where asked for. Lines beyond a restart's step are dropped."""
+    """metrics.jsonl, a line a logged step, and TensorBoard where asked for.
 
-    def __init__(self, folder: Path, after: int, tensorboard: bool) -> None:
+    Lines of steps after `after` up to `until`, which are trained again, are dropped; later ones, of a run that was finished
+    before an earlier checkpoint was asked for, stay.
+    """
+
+    def __init__(self, folder: Path, after: int, until: int, tensorboard: bool) -> None:
         self._path = folder / "metrics.jsonl"
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
         with files.whole_file(self._path, "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in whole if json.loads(line)["step"] <= after)
+            file.writelines(f"{line}\n" for line in whole if not after < json.loads(line)["step"] <= until)
         self._writer = _summary_writer(folder / "tensorboard") if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:

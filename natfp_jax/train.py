@@ -10,7 +10,6 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -37,7 +36,7 @@ class State(NamedTuple):
 
 
 class _Program(NamedTuple):
-    init: Callable[[Any], State]  # seed → state at step 0
+    init: Callable[[int], State]  # seed → state at step 0
     step: Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]
     evaluate: Callable[[Params, jax.Array], jax.Array]  # mean loss of one batch
     state: State  # shapes, dtypes and shardings
@@ -60,10 +59,6 @@ def _program(
         x_BTD = hidden(model, tree, windows_BT[:, :-1])
         return blocked_cross_entropy(x_BTD, head(tree), windows_BT[:, 1:], vocabulary)
 
-    def init(seed: jax.Array) -> State:
-        tree = params.init(specs, seed)
-        return State(tree, tx.init(tree))
-
     def step(state: State, windows_BT: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         value, gradient = jax.value_and_grad(loss)(state.params, windows_BT)
         updates, opt_state = tx.update(gradient, state.optimiser, state.params)
@@ -71,13 +66,19 @@ def _program(
         return State(optax.apply_updates(state.params, updates), opt_state), metrics
 
     by_table, one, rows = mesh.param_shardings(devices, specs), mesh.replicated(devices), mesh.batch_sharding(devices)
-    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.uint32))
+    shapes = State(params.abstract(specs), jax.eval_shape(tx.init, params.abstract(specs)))
     opt_shardings = optax.tree_map_params(
         tx, lambda _, sharding: sharding, shapes.optimiser, by_table, transform_non_params=lambda _: one
     )
     shardings = State(by_table, opt_shardings)
+    start = jax.jit(tx.init, out_shardings=opt_shardings)
+
+    def init(seed: int) -> State:
+        tree = params.init(specs, seed, by_table)
+        return State(tree, start(tree))
+
     return _Program(
-        init=jax.jit(init, out_shardings=shardings),
+        init=init,
         step=jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, one), donate_argnums=0),
         evaluate=jax.jit(loss, in_shardings=(by_table, rows), out_shardings=one),
         state=with_shardings(shapes, shardings),
@@ -116,11 +117,12 @@ def train(
         whole batch, or the loss is not finite.
     """
     data = experiment.data
-    missing = run.missing(kept_steps(experiment, settings.checkpoints))
-    if not missing:
-        return
     check(experiment, store, devices)
     run.claim(experiment, identity)
+    missing = run.missing(kept_steps(experiment, settings.checkpoints))
+    if not missing:
+        run.write_lineage(identity)  # a process killed after its last checkpoint has not
+        return
     program = _program_of(experiment, store, devices)
     lay = partial(jax.device_put, device=mesh.batch_sharding(devices))
     pool = store.windows(data.seq_len, data.windows)
@@ -135,19 +137,28 @@ def train(
     with run.checkpoints() as checkpoints:
         start = max((step for step in checkpoints.steps() if step < missing[0]), default=None)
         if start is None:
-            state, last, fed = program.init(np.uint32(experiment.seeds.init)), None, identity.inputs["pool"]
+            state, last, fed = program.init(experiment.seeds.init), None, identity.inputs["pool"]
             if experiment.perturb is not None:
                 state = State(params.perturbed(state.params, experiment.perturb), state.optimiser)
         else:
             last = checkpoints.record(start)
             state = State(*checkpoints.restore(start, program.state.params, program.state.optimiser))
             fed = last["order_hash"]
-        log = MetricsLog(run.folder, after=start or 0, tensorboard=settings.tensorboard)
+        log = MetricsLog(run.folder, -1 if start is None else start, missing[-1], settings.tensorboard)
+
+        def stop_unless_finite(step: int, what: str, value: float) -> None:
+            if not math.isfinite(value):
+                good = "none" if last is None else last["step"]
+                raise UserError(
+                    f"arm {name}: {what} {value} at step {step}, last good checkpoint {good} in {run.folder}: "
+                    "lower experiment.optimiser.learning_rate"
+                )
 
         def keep(step: int) -> dict[str, Any]:
             weights = weight_hash(state.params)
             losses = [float(program.evaluate(state.params, lay(batch))) for batch in validation]
             val_loss = math.fsum(losses) / len(losses)
+            stop_unless_finite(step, "validation loss", val_loss)  # the last update may have spoiled the weights
             record = {
                 **common,
                 "step": step,
@@ -158,18 +169,13 @@ def train(
                 "parent": None if last is None else {"step": last["step"], "weights": last["weights"]},
                 "val_loss": val_loss,
             }
+            log.write(step, val_loss=val_loss)  # first: a process killed between the two drops this line and writes it again
             checkpoints.save(step, state.params, state.optimiser, record)
-            log.write(step, val_loss=val_loss)
             return record
 
         def look(step: int, metrics: dict[str, jax.Array]) -> None:
             values = {key: float(value) for key, value in metrics.items()}
-            if not math.isfinite(values["loss"]):
-                good = "none" if last is None else last["step"]
-                raise UserError(
-                    f"arm {name}: loss {values['loss']} at step {step}, last good checkpoint {good} in {run.folder}: "
-                    "lower experiment.optimiser.learning_rate"
-                )
+            stop_unless_finite(step, "loss", values["loss"])
             if step % settings.log_every == 0:
                 log.write(step, **values, learning_rate=float(rate(step - 1)))
 
