@@ -202,6 +202,10 @@ class Experiment(Strict):
             )
         return seen // self.data.batch
 
+    def kept_steps(self, fractions: tuple[float, ...]) -> list[int]:
+        """The steps whose checkpoints are kept: the start, the given fractions of training, the end."""
+        return sorted({0, self.steps, *(round(fraction * self.steps) for fraction in fractions)})
+
 
 # --- where and how it runs --------------------------------------------------------------------------------------------
 
@@ -283,6 +287,11 @@ class Study(Strict):
     run: Run = Run()
     sampling: Sampling = Sampling()
     attribution: Attribution = Attribution()
+
+    @property
+    def kept_fractions(self) -> tuple[float, ...]:
+        """The fractions of training at which checkpoints are kept: those asked for, and those that are drawn from."""
+        return (*self.run.checkpoints, *self.sampling.checkpoints)
 
 
 # --- typed access -----------------------------------------------------------------------------------------------------

@@ -29,6 +29,10 @@ class RunFolder:
         """The kept checkpoints, to be used as a context."""
         return Checkpoints(self.folder / "checkpoints")
 
+    def complete(self, steps: list[int]) -> bool:
+        """Whether all of `steps` are kept and their lineage is gathered."""
+        return not self.missing(steps) and (self.folder / "lineage.json").exists()
+
     def missing(self, steps: list[int]) -> list[int]:
         """Those of `steps` that have no checkpoint yet, ascending."""
         if not (self.folder / "checkpoints").is_dir():

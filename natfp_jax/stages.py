@@ -11,7 +11,7 @@ inputs is an error that names both sides. Must not know how any stage computes, 
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,19 +20,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from natfp_jax import attribution, classify, config, files, mesh, stats, texts
+from natfp_jax import attribution, classify, config, files, lineage, mesh, stats, texts
 from natfp_jax.ceiling import log_likelihood
 from natfp_jax.config import Corpus, Study
 from natfp_jax.corpus import Prompt, Store, prepare
 from natfp_jax.errors import UserError
-from natfp_jax.lineage import Identity, identity, numerics
+from natfp_jax.lineage import Identity, numerics
 from natfp_jax.lock import alone
 from natfp_jax.progress import Progress
 from natfp_jax.rng import words
 from natfp_jax.runs import RunFolder
 from natfp_jax.sample import Strategy, draw, draw_key, pad_prompts
 from natfp_jax.study import Arm, Draw, arms, comparisons, draws
-from natfp_jax.train import check, kept_steps, load_params, train
+from natfp_jax.train import check, load_params, train
 
 __all__ = ["STAGES", "Work"]
 
@@ -71,10 +71,10 @@ class Work:
             yield
 
     @contextmanager
-    def _timed(self, stage: str, **amounts: int) -> Iterator[None]:
-        """Adds the seconds of a stage, and what it worked through, to timings.json."""
-        start = time.perf_counter()
-        yield
+    def _timed(self, stage: str) -> Iterator[dict[str, int]]:
+        """Adds the seconds of a stage, and the amounts that it fills in, to timings.json."""
+        start, amounts = time.perf_counter(), dict[str, int]()
+        yield amounts
         path = self.folder / "timings.json"
         timings = files.read_json(path) if path.exists() else {}
         entry = timings.setdefault(stage, {"seconds": 0.0})
@@ -121,7 +121,7 @@ class Work:
             pool = store.sha256, data.seq_len, data.windows
             if pool not in pools:
                 pools[pool] = store.windows(data.seq_len, data.windows).sha256()
-            found[arm.id] = identity(arm.experiment, store.sha256, store.tokenizer.sha256, pools[pool])
+            found[arm.id] = lineage.identity(arm.experiment, store.sha256, store.tokenizer.sha256, pools[pool])
         return found
 
     def run_of(self, arm: str) -> RunFolder:
@@ -130,7 +130,8 @@ class Work:
 
     def corpus(self) -> None:
         """Prepares every corpus, and writes which arm is which experiment."""
-        with self._timed("corpus") if not (self.folder / "arms.json").exists() else _untimed():
+        first = not (self.folder / "arms.json").exists()
+        with self._timed("corpus") if first else nullcontext():
             listed = {arm: {"fingerprint": one.fingerprint, "inputs": one.inputs} for arm, one in self.identities.items()}
         for arm in self.arms.values():
             check(arm.experiment, self.store_of(arm), self.devices)
@@ -140,30 +141,25 @@ class Work:
 
     # --- train ---
 
-    @property
-    def fractions(self) -> tuple[float, ...]:
-        """The fractions of training at which checkpoints are kept."""
-        return (*self.study.run.checkpoints, *self.study.sampling.checkpoints)
+    def _kept(self, arm: Arm) -> list[int]:
+        return arm.experiment.kept_steps(self.study.kept_fractions)
 
     def train(self) -> None:
         """Trains every arm that lacks a checkpoint."""
-        todo = {}
-        for arm in self.arms.values():
-            if missing := self.run_of(arm.id).missing(kept_steps(arm.experiment, self.fractions)):
-                todo[arm.id] = missing
+        todo = [arm for arm in self.arms.values() if not self.run_of(arm.id).complete(self._kept(arm))]
         if not todo:
             return
-        settings = replace(self.study.run, checkpoints=self.fractions)
-        steps = {arm: self.arms[arm].experiment.steps for arm in todo}
-        tokens = sum(n * self.arms[a].experiment.data.batch * self.arms[a].experiment.data.seq_len for a, n in steps.items())
+        settings = replace(self.study.run, checkpoints=self.study.kept_fractions)
         with (
-            self._timed("train", tokens=tokens),
-            self.progress.task(f"train {len(todo)} arms", sum(steps.values()), "steps") as advance,
+            self._timed("train") as amounts,
+            self.progress.task(f"train {len(todo)} arms", sum(arm.experiment.steps for arm in todo), "steps") as advance,
         ):
-            for name in todo:
-                arm, run = self.arms[name], self.run_of(name)
+            amounts["tokens"] = 0
+            for arm in todo:
+                identity, run = self.identities[arm.id], self.run_of(arm.id)
                 with alone(run.folder):
-                    train(arm.experiment, self.identities[name], self.store_of(arm), run, settings, self.devices, name, advance)
+                    steps = train(arm.experiment, identity, self.store_of(arm), run, settings, self.devices, arm.id, advance)
+                amounts["tokens"] += steps * arm.experiment.data.batch * arm.experiment.data.seq_len
 
     # --- sample ---
 
@@ -227,13 +223,14 @@ class Work:
         if not missing:
             return
         count = len(missing) * len(self.prompts)
-        with self._timed("sample", texts=count), self.progress.task("sample", count, "texts") as advance:
+        with self._timed("sample") as amounts, self.progress.task("sample", count, "texts") as advance:
+            amounts["texts"] = count
             for one in missing:
                 self._draw(one, advance)
 
     def _require_trained(self) -> None:
         for arm in self.arms.values():
-            if missing := self.run_of(arm.id).missing(kept_steps(arm.experiment, self.fractions)):
+            if missing := self.run_of(arm.id).missing(self._kept(arm)):
                 raise UserError(f"arm {arm.id} lacks the checkpoints at steps {missing}: run `natfp train` first")
 
     def _draw(self, one: Draw, advance: Any) -> None:
@@ -397,11 +394,6 @@ class Work:
         for row, p_holm in zip(results, stats.holm([row["p_value"] for row in results]), strict=True):
             row["p_holm"] = float(p_holm)
         return results
-
-
-@contextmanager
-def _untimed() -> Iterator[None]:
-    yield
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from natfp_jax import files, lock
 from natfp_jax.config import Study, from_json
 from natfp_jax.errors import UserError
-from natfp_jax.study import Arm, arms, draws
+from natfp_jax.study import arms, draws
 
 __all__ = ["status"]
 
@@ -48,7 +48,7 @@ def _table(out: Path, path: Path) -> Table:
     runs = {name: out / "runs" / entry["fingerprint"][:16] for name, entry in listed.items()}
     trained, drawn = {}, {}  # arm → how many of how many
     for arm in arms(study):
-        steps = _kept(study, arm)
+        steps = set(arm.experiment.kept_steps(study.kept_fractions))
         trained[arm.id] = len(steps & _finished(runs[arm.id])) if arm.id in runs else 0, len(steps)
         drawn[arm.id] = sum(file.exists() for file in draw_files[arm.id]), len(draw_files[arm.id])
     all_trained, all_drawn = (all(done == of for done, of in counts.values()) for counts in (trained, drawn))
@@ -73,12 +73,6 @@ def _table(out: Path, path: Path) -> Table:
     stages = ("attribute ", _state(attributed, at_work and all_drawn), "\nreport    ", reported)
     table.caption = Text.assemble(*stages, style="not italic")
     return table
-
-
-def _kept(study: Study, arm: Arm) -> set[int]:
-    """The steps at which an arm has checkpoints when it is trained."""
-    steps = arm.experiment.steps
-    return {0, steps, *(round(part * steps) for part in (*study.run.checkpoints, *study.sampling.checkpoints))}
 
 
 def _finished(run: Path) -> set[int]:

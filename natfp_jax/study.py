@@ -12,7 +12,7 @@ from natfp_jax.config import Experiment, Factor, Study, replace, to_json
 from natfp_jax.errors import UserError
 from natfp_jax.files import canonical_json
 
-__all__ = ["Arm", "Comparison", "Draw", "arms", "comparisons", "draws", "lacking", "sampled_steps"]
+__all__ = ["Arm", "Comparison", "Draw", "arms", "comparisons", "draws", "lacking"]
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,6 @@ def arms(study: Study) -> list[Arm]:
     for arm in found:
         _ = arm.experiment.steps  # whole, or an error that says so
     return found
-
-
-def sampled_steps(study: Study, experiment: Experiment) -> list[int]:
-    """The checkpoints, as steps, at which an arm is drawn."""
-    return sorted({round(fraction * experiment.steps) for fraction in study.sampling.checkpoints})
 
 
 def _steps(study: Study, all_arms: list[Arm]) -> list[dict[str, int]]:

@@ -25,7 +25,7 @@ from natfp_jax.order import Order, order_hash
 from natfp_jax.params import Params
 from natfp_jax.runs import MetricsLog, RunFolder
 
-__all__ = ["State", "check", "kept_steps", "load_params", "train"]
+__all__ = ["State", "check", "load_params", "train"]
 
 
 class State(NamedTuple):
@@ -40,11 +40,6 @@ class _Program(NamedTuple):
     step: Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]
     evaluate: Callable[[Params, jax.Array], jax.Array]  # mean loss of one batch
     state: State  # shapes, dtypes and shardings
-
-
-def kept_steps(experiment: Experiment, fractions: tuple[float, ...]) -> list[int]:
-    """The steps to keep: the start, the given fractions of training, the end."""
-    return sorted({0, experiment.steps, *(round(fraction * experiment.steps) for fraction in fractions)})
 
 
 @lru_cache(maxsize=8)
@@ -105,12 +100,15 @@ def train(
     devices: jax.sharding.Mesh,
     name: str,
     advance: Callable[[int], None],
-) -> None:
+) -> int:
     """Trains until every kept checkpoint exists, from the last whole one before the first that is missing.
 
     Args:
       name: how messages call the arm.
-      advance: called with the number of steps done.
+      advance: called with the number of steps done, now or earlier: all of the experiment's in the end.
+
+    Returns:
+      How many steps were done now.
 
     Raises:
       UserError: the folder belongs to another experiment, the batch does not divide over the mesh, the validation part has no
@@ -119,10 +117,11 @@ def train(
     data = experiment.data
     check(experiment, store, devices)
     run.claim(experiment, identity)
-    missing = run.missing(kept_steps(experiment, settings.checkpoints))
+    missing = run.missing(experiment.kept_steps(settings.checkpoints))
     if not missing:
         run.write_lineage(identity)  # a process killed after its last checkpoint has not
-        return
+        advance(experiment.steps)
+        return 0
     program = _program_of(experiment, store, devices)
     lay = partial(jax.device_put, device=mesh.batch_sharding(devices))
     pool = store.windows(data.seq_len, data.windows)
@@ -181,8 +180,10 @@ def train(
 
         if last is None:
             last = keep(0)
+        first = last["step"]
+        advance(first)
         late = None  # a step's metrics are read once the next step is under way, so that the device never waits
-        for step in range(last["step"], missing[-1]):
+        for step in range(first, missing[-1]):
             rows_B = order.rows(step)
             fed = order_hash(fed, rows_B)
             state, metrics = program.step(state, lay(pool.rows(rows_B)))
@@ -194,6 +195,8 @@ def train(
                 look(*late)
                 late, last = None, keep(step + 1)
     run.write_lineage(identity)
+    advance(experiment.steps - missing[-1])
+    return missing[-1] - first
 
 
 def check(experiment: Experiment, store: Store, devices: jax.sharding.Mesh) -> None:
