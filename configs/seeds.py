@@ -18,8 +18,8 @@ would take weeks; the same study at the quickstart's size:
       experiment.model='{"width": 128, "layers": 2, "heads": 4}' experiment.optimiser.learning_rate=0.003 \
       experiment.data='{"seq_len": 64, "windows": 6400, "batch": 32}' sampling.prompts=2000 sampling.new_tokens=48
 
-COST What to expect: at step 0 inits are recognisable and orders, whose weights are still bitwise
-equal, are not; the null stays at chance throughout. What the twin does is an open question.
+What to expect: at step 0 inits are recognisable and orders, whose weights are still bitwise equal, are not; the null stays at
+chance throughout. What the twin does is an open question.
 """
 
 from natfp_jax.config import (
