@@ -60,7 +60,8 @@ class Work:
           UserError: another process holds it, or it belongs to another study.
         """
         path, mine = self.folder / "study.json", config.fingerprint(replace(self.study, run=config.Run()))
-        if path.exists() and (owner := files.read_json(path))["fingerprint"] != mine:
+        begun = (self.folder / "arms.json").exists()  # until then there is nothing to be confused with
+        if begun and (owner := files.read_json(path))["fingerprint"] != mine:
             changed = ", ".join(_differences(owner["study"], config.to_json(self.study))) or "version"
             raise UserError(
                 f"{self.folder} holds the study {owner['fingerprint'][:16]}, expected {mine[:16]} (they differ in {changed}): "
@@ -93,7 +94,7 @@ class Work:
     @cached_property
     def store(self) -> Store:
         """The base arm's token store, which gives the tokenizer and the prompts of all arms; prepared if it is not there."""
-        return self._stores[self.study.experiment.corpus]
+        return next(iter(self._stores.values()))
 
     @cached_property
     def _stores(self) -> dict[Corpus, Store]:
@@ -104,7 +105,6 @@ class Work:
             if corpus not in found:  # one tokenizer for all arms, so that texts and likelihoods are comparable
                 shared = replace(corpus, tokenizer=str(found[base].folder / "tokenizer.json"))
                 found[corpus] = prepare(shared, self.out, self.progress)
-        found.setdefault(self.study.experiment.corpus, found[base])
         return found
 
     def store_of(self, arm: Arm) -> Store:
@@ -134,7 +134,7 @@ class Work:
         with self._timed("corpus") if first else nullcontext():
             listed = {arm: {"fingerprint": one.fingerprint, "inputs": one.inputs} for arm, one in self.identities.items()}
         for arm in self.arms.values():
-            check(arm.experiment, self.store_of(arm), self.devices)
+            check(arm.experiment, self.store_of(arm), self.study.run, self.devices)
         mesh.check_batch("sampling.batch", self.study.sampling.batch, self.devices)
         _ = self.prompts  # too few of them is known before hours of training
         files.write_json(self.folder / "arms.json", listed)

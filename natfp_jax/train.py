@@ -115,7 +115,7 @@ def train(
         whole batch, or the loss is not finite.
     """
     data = experiment.data
-    check(experiment, store, devices)
+    check(experiment, store, settings, devices)
     run.claim(experiment, identity)
     missing = run.missing(experiment.kept_steps(settings.checkpoints))
     if not missing:
@@ -199,11 +199,12 @@ def train(
     return missing[-1] - first
 
 
-def check(experiment: Experiment, store: Store, devices: jax.sharding.Mesh) -> None:
-    """Raises a UserError if the experiment cannot run on this mesh."""
+def check(experiment: Experiment, store: Store, settings: Run, devices: jax.sharding.Mesh) -> None:
+    """Raises a UserError if the experiment cannot run on this mesh, or has no whole batch to be validated on."""
     mesh.check_batch("experiment.data.batch", experiment.data.batch, devices)
     specs = params.table(experiment.model, store.tokenizer.padded_size)
     mesh.check_params(specs, devices)
+    _validation(store, experiment, settings)
 
 
 def _validation(store: Store, experiment: Experiment, settings: Run) -> list[np.ndarray]:

@@ -11,3 +11,53 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
 jax.config.update("jax_legacy_prng_key", "error")
+
+import pytest
+
+from natfp_jax import config, mesh
+from natfp_jax.config import Corpus, Data, Experiment, Model, Run, Stories
+from natfp_jax.corpus import prepare
+from natfp_jax.lineage import identity
+from natfp_jax.progress import Progress
+from natfp_jax.runs import RunFolder
+from natfp_jax.train import train
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory):
+    """360 stories, 66,000 ids of a vocabulary of 300 (384 padded)."""
+    corpus = Corpus(source=Stories(count=400), vocabulary=300, validation_fraction=0.1, prompt_fraction=0.1, shards=2)
+    return prepare(corpus, tmp_path_factory.mktemp("tiny"), Progress(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """An experiment of 16 steps, two epochs of eight."""
+    return Experiment(model=Model(width=32, layers=2, heads=4), data=Data(seq_len=32, windows=64, epochs=2, batch=8))
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    """The mesh of one device."""
+    return mesh.make(config.Mesh(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def train_arm(tiny_store, one_device):
+    """Trains an experiment in a folder and returns its run."""
+
+    def trained(experiment, folder, *, store=tiny_store, devices=one_device, name="arm", advance=lambda n: None, **settings):
+        data = experiment.data
+        pool = store.windows(data.seq_len, data.windows).sha256()
+        who = identity(experiment, store.sha256, store.tokenizer.sha256, pool)
+        run = RunFolder(folder)
+        train(experiment, who, store, run, Run(**{"log_every": 2, "validation_windows": 16, **settings}), devices, name, advance)
+        return run
+
+    return trained
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny, train_arm, tmp_path_factory):
+    """The tiny experiment, trained without a break; read it only."""
+    return train_arm(tiny, tmp_path_factory.mktemp("runs") / "tiny", checkpoints=(0.25, 0.5))
