@@ -241,9 +241,9 @@ class Sampling(Strict):
     prompt_chars: Positive = 50
     offsets_per_document: Positive = 1  # prompts taken from one document
     new_tokens: Positive = 48
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, pydantic.Field(ge=1e-4, allow_inf_nan=False)] = 1.0  # float32 divides by it
     top_k: Positive | None = None
-    top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, pydantic.Field(ge=1e-6, le=1)] = 1.0
     seed: Seed = 0
     batch: Positive = 512  # texts that are drawn together
     checkpoints: tuple[Fraction, ...] = (1.0,)  # fractions of training at which every arm is drawn

@@ -31,7 +31,10 @@ class RunFolder:
 
     def complete(self, steps: list[int]) -> bool:
         """Whether all of `steps` are kept and their lineage is gathered."""
-        return not self.missing(steps) and (self.folder / "lineage.json").exists()
+        path = self.folder / "lineage.json"
+        if self.missing(steps) or not path.exists():
+            return False
+        return set(steps) <= {record["step"] for record in files.read_json(path)["checkpoints"]}
 
     def missing(self, steps: list[int]) -> list[int]:
         """Those of `steps` that have no checkpoint yet, ascending."""
@@ -39,6 +42,18 @@ class RunFolder:
             return sorted(steps)
         with self.checkpoints() as checkpoints:
             return sorted(set(steps) - set(checkpoints.steps()))
+
+    def check_owner(self, identity: Identity) -> None:
+        """Checks that the folder is not another experiment's.
+
+        Raises:
+          UserError: it is.
+        """
+        path = self.folder / "experiment.json"
+        if path.exists() and (owner := files.read_json(path).get("fingerprint")) != identity.fingerprint:
+            raise UserError(
+                f"{self.folder} holds the run {owner}, expected {identity.fingerprint}: move it away or give another --out"
+            )
 
     def claim(self, experiment: Experiment, identity: Identity) -> None:
         """Writes whose folder this is, or checks it.
@@ -49,15 +64,10 @@ class RunFolder:
         path = self.folder / "experiment.json"
         others = [other for other in self.folder.iterdir() if other.name != LOCK] if self.folder.is_dir() else []
         remains = [other for other in others if other.match(".*.tmp")]  # of a killed process
-        if path.exists():
-            owner = files.read_json(path).get("fingerprint")
-            if owner != identity.fingerprint:
-                raise UserError(
-                    f"{self.folder} holds the run {owner}, expected {identity.fingerprint}: move it away or give another --out"
-                )
-        elif len(others) > len(remains):
+        self.check_owner(identity)
+        if not path.exists() and len(others) > len(remains):
             raise UserError(f"{self.folder} is not empty and has no experiment.json: move it away or give another --out")
-        else:
+        if not path.exists():
             owner_record = {"fingerprint": identity.fingerprint, "inputs": identity.inputs, "experiment": to_json(experiment)}
             files.write_json(path, owner_record)
         for other in remains:

@@ -68,7 +68,7 @@ class Work:
                 "give another --out, or another name=... to share its runs"
             )
         with alone(self.folder):
-            files.write_json(path, {"fingerprint": mine, "study": config.to_json(self.study)})
+            _write_if_new(path, {"fingerprint": mine, "study": config.to_json(self.study)})
             yield
 
     @contextmanager
@@ -137,7 +137,7 @@ class Work:
             check(arm.experiment, self.store_of(arm), self.study.run, self.devices)
         mesh.check_batch("sampling.batch", self.study.sampling.batch, self.devices)
         _ = self.prompts  # too few of them is known before hours of training
-        files.write_json(self.folder / "arms.json", listed)
+        _write_if_new(self.folder / "arms.json", listed)
 
     # --- train ---
 
@@ -146,6 +146,7 @@ class Work:
 
     def train(self) -> None:
         """Trains every arm that lacks a checkpoint."""
+        self._check_owners()
         todo = [arm for arm in self.arms.values() if not self.run_of(arm.id).complete(self._kept(arm))]
         if not todo:
             return
@@ -228,7 +229,12 @@ class Work:
             for one in missing:
                 self._draw(one, advance)
 
+    def _check_owners(self) -> None:
+        for arm, identity in self.identities.items():
+            self.run_of(arm).check_owner(identity)
+
     def _require_trained(self) -> None:
+        self._check_owners()
         for arm in self.arms.values():
             if missing := self.run_of(arm.id).missing(self._kept(arm)):
                 raise UserError(f"arm {arm.id} lacks the checkpoints at steps {missing}: run `natfp train` first")
@@ -338,6 +344,7 @@ class Work:
 
     def attribute(self) -> None:
         """Scores every comparison, unless that was done with the same texts and settings."""
+        self._require_trained()
         if missing := self.missing_draws():
             raise UserError(f"draw {missing[0]} is missing: run `natfp sample` first")
         wanted = draws(self.study)
@@ -394,6 +401,12 @@ class Work:
         for row, p_holm in zip(results, stats.holm([row["p_value"] for row in results]), strict=True):
             row["p_holm"] = float(p_holm)
         return results
+
+
+def _write_if_new(path: Path, value: Any) -> None:
+    """A file that says the same already is not touched."""
+    if not path.exists() or files.read_json(path) != value:
+        files.write_json(path, value)
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

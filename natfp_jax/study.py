@@ -5,12 +5,13 @@ files, devices or stages.
 """
 
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from natfp_jax.config import Experiment, Factor, Study, replace, to_json
 from natfp_jax.errors import UserError
-from natfp_jax.files import canonical_json
+from natfp_jax.files import canonical_json, hash_json
 
 __all__ = ["Arm", "Comparison", "Draw", "arms", "comparisons", "draws", "lacking"]
 
@@ -52,6 +53,12 @@ def _label(value: Any) -> str:
     return str(value) if isinstance(value, bool | int | float | str) else canonical_json(to_json(value))
 
 
+def _id(name: str) -> str:
+    """`name` if it can be a part of a file's name, else as much of it as can be, and a hash that keeps ids distinct."""
+    safe = re.sub(r"[^\w.+-]+", "_", name, flags=re.ASCII)[:80]
+    return name if safe == name else f"{safe}-{hash_json(name)[:8]}"
+
+
 def _with(experiment: Experiment, values: tuple[tuple[Factor, Any], ...]) -> Experiment:
     for factor, value in values:
         experiment = replace(experiment, factor.path, value)
@@ -88,7 +95,7 @@ def arms(study: Study) -> list[Arm]:
     for cell in cells:
         levels = tuple(_label(level) for level in cell)
         name = "-".join(f"{factor.name}{level}" for factor, level in zip(factors, levels, strict=True))
-        found.append(Arm(name, levels, _with(study.experiment, tuple(zip(factors, cell, strict=True)))))
+        found.append(Arm(_id(name), levels, _with(study.experiment, tuple(zip(factors, cell, strict=True)))))
     if study.twin is not None:
         if study.twin.ulps == 0:
             raise UserError("twin.ulps is 0, which moves nothing: give 1 or another whole number")

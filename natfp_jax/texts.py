@@ -35,7 +35,7 @@ def write(path: Path, columns: dict[str, Any], record: dict[str, Any]) -> None:
     """Writes one draw, whole or not at all; `record` is kept as JSON in the file's metadata."""
     table = pa.table(columns, schema=SCHEMA).replace_schema_metadata({_KEY: json.dumps(record, sort_keys=True)})
     with files.whole_file(path) as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -48,7 +48,8 @@ def read_record(path: Path) -> dict[str, Any]:
         metadata = pq.read_schema(path).metadata or {}
         record: dict[str, Any] = json.loads(metadata[_KEY])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is no sample file of natfp ({error}): remove it and run the same command again") from None
+        why = " ".join(str(error).split())
+        raise UserError(f"{path} is no sample file of natfp ({why}): remove it and run the same command again") from None
     return record
 
 
@@ -60,6 +61,7 @@ def read(path: Path, columns: list[str] | None = None) -> pa.Table:
     """
     read_record(path)
     try:
-        return pq.read_table(path, columns=columns)
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it and run the same command again") from None
+        why = " ".join(str(error).split())  # Arrow writes several lines
+        raise UserError(f"{path} cannot be read ({why}): remove it and run the same command again") from None

@@ -114,10 +114,10 @@ def train(
       UserError: the folder belongs to another experiment, the batch does not divide over the mesh, the validation part has no
         whole batch, or the loss is not finite.
     """
-    data = experiment.data
+    data, kept = experiment.data, experiment.kept_steps(settings.checkpoints)
     check(experiment, store, settings, devices)
     run.claim(experiment, identity)
-    missing = run.missing(experiment.kept_steps(settings.checkpoints))
+    missing = run.missing(kept)
     if not missing:
         run.write_lineage(identity)  # a process killed after its last checkpoint has not
         advance(experiment.steps)

@@ -9,9 +9,6 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-
-jax.config.update("jax_legacy_prng_key", "error")
-
 import pytest
 
 from natfp_jax import config, mesh
@@ -21,6 +18,8 @@ from natfp_jax.lineage import identity
 from natfp_jax.progress import Progress
 from natfp_jax.runs import RunFolder
 from natfp_jax.train import train
+
+jax.config.update("jax_legacy_prng_key", "error")
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +50,9 @@ def train_arm(tiny_store, one_device):
         pool = store.windows(data.seq_len, data.windows).sha256()
         who = identity(experiment, store.sha256, store.tokenizer.sha256, pool)
         run = RunFolder(folder)
-        train(experiment, who, store, run, Run(**{"log_every": 2, "validation_windows": 16, **settings}), devices, name, advance)
+        train(
+            experiment, who, store, run, Run(**{"log_every": 2, "validation_windows": 16, **settings}), devices, name, advance
+        )
         return run
 
     return trained

@@ -1,0 +1,177 @@
+"""Likelihoods are those that texts were drawn with, and the verdicts on texts of real models are sound."""
+
+import dataclasses
+import json
+from functools import lru_cache
+
+import jax
+import numpy as np
+import pytest
+from scipy.stats import binom
+from test_sample import EOS, LARGE, MODEL, SMALL, STRATEGIES, drawn, every_logit, prompts_of, reference, weights
+
+from natfp_jax import config, mesh
+from natfp_jax.attribution import Comparison, attribute, ceiling
+from natfp_jax.ceiling import log_likelihood
+from natfp_jax.classify import featurise
+from natfp_jax.config import Attribution
+from natfp_jax.sample import Strategy, draw_key
+
+
+def scored(tree, prompts, texts, vocabulary, strategy=STRATEGIES[0], batch=100, devices=1):
+    over = mesh.make(config.Mesh(), jax.devices()[:devices])
+    tree = jax.device_put(tree, mesh.replicated(over))
+    return log_likelihood(tree, prompts, texts, MODEL, strategy, vocabulary, batch, over)
+
+
+def texts_of(found):
+    return [ids[:length].tolist() for ids, length in zip(found.ids_BN, found.length_B, strict=True)]
+
+
+def by_hand(tree, prompts, texts, vocabulary, strategy):
+    """Each text under the definition of the effective distribution, in float64."""
+    tokens = np.zeros((len(prompts), 22), np.int32)
+    for row, prompt, text in zip(tokens, prompts, texts, strict=True):
+        row[: len(prompt) + len(text)] = prompt + text
+    z_BTV = np.asarray(every_logit(tree, tokens, vocabulary))
+    return np.array(
+        [
+            sum(np.log(reference(z_TV[len(prompt) - 1 + n], strategy)[token]) for n, token in enumerate(text))
+            for z_TV, prompt, text in zip(z_BTV, prompts, texts, strict=True)
+        ]
+    )
+
+
+# --- likelihoods ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("vocabulary", "strategy"), [(SMALL, STRATEGIES[0]), (LARGE, STRATEGIES[3])])
+def test_recorded_and_teacher_forced_likelihoods_are_those_of_the_forward_pass(vocabulary, strategy):
+    tree, prompts = weights(vocabulary), prompts_of(250, vocabulary)
+    found = drawn(tree, draw_key(0, "arm", 1, 0), prompts, vocabulary=vocabulary, strategy=strategy)
+    texts = texts_of(found)
+    expected = by_hand(tree, prompts, texts, vocabulary, strategy)
+    forced = scored(tree, prompts, texts, vocabulary, strategy)
+    if strategy == STRATEGIES[0]:
+        ended = np.array([text[-1] == EOS for text in texts])
+        assert 0.1 < ended.mean() < 0.95
+        certain = np.ones(250, bool)
+    else:  # an id on the edge of top-k or top-p may be in or out by a rounding
+        certain = np.isfinite(expected) & np.isfinite(forced)
+        assert certain.mean() > 0.98
+    assert len({len(prompt) for prompt in prompts}) > 5
+    np.testing.assert_allclose(found.log_probability_B[certain], expected[certain], atol=2e-4)
+    np.testing.assert_allclose(forced[certain], expected[certain], atol=2e-4)
+    assert (found.log_probability_B < 0).all()
+
+
+def test_a_drawn_eos_counts_and_a_truncation_adds_nothing():
+    tree, prompt = weights(SMALL), [EOS, 7, 8]
+    open_end, ended, longer = scored(tree, [prompt] * 3, [[4, 5], [4, 5, EOS], [4, 5, 6]], SMALL)
+    p_V = reference(every_logit(tree, np.array([[EOS, 7, 8, 4, 5, 0, 0]]), SMALL)[0, 4], Strategy())
+    assert ended - open_end == pytest.approx(np.log(p_V[EOS]), abs=1e-5)
+    assert longer - open_end == pytest.approx(np.log(p_V[6]), abs=1e-5)
+
+
+def test_what_the_strategy_cannot_draw_has_likelihood_zero():
+    tree, prompt = weights(SMALL), [EOS, 7, 8]
+    p_V = reference(every_logit(tree, np.array([[EOS, 7, 8, 0]]), SMALL)[0, 2], Strategy())
+    order = np.argsort(-p_V[:SMALL])
+    texts = [[int(token)] for token in order]
+    found = scored(tree, [prompt] * SMALL, texts, SMALL, Strategy(top_k=3))
+    np.testing.assert_allclose(found[:3], np.log(p_V[order[:3]] / p_V[order[:3]].sum()), atol=1e-5)
+    assert np.isneginf(found[3:]).all()
+
+
+def test_a_likelihood_depends_on_neither_companions_nor_batch_nor_mesh():
+    tree, prompts = weights(SMALL), prompts_of(130, SMALL)
+    texts = texts_of(drawn(tree, draw_key(0, "arm", 1, 0), prompts, vocabulary=SMALL))
+    whole = scored(tree, prompts, texts, SMALL)
+    order = np.random.default_rng(0).permutation(130)
+    permuted = scored(tree, [prompts[i] for i in order], [texts[i] for i in order], SMALL)
+    np.testing.assert_array_equal(permuted, whole[order])
+    np.testing.assert_allclose(scored(tree, prompts, texts, SMALL, batch=64, devices=8), whole, atol=1e-4)
+
+
+# --- verdicts on texts of models --------------------------------------------------------------------------------------
+
+
+class Ids:
+    """A tokenizer of texts that are numbers."""
+
+    def encode_batch(self, texts):
+        return [[int(number) for number in text.split()] for text in texts]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def compared(name, texts, labels):
+    """The features of equally many texts of each class, and their comparison; prompt i is of document i."""
+    prompts = [str(i) for label in dict.fromkeys(labels) for i in range(labels.count(label))]
+    features = featurise("subwords", [" ".join(map(str, text)) for text in texts], Ids())
+    return features, Comparison(name, np.arange(len(texts)), labels, prompts, prompts)
+
+
+def arms_of(spread, count=600, arms=2):
+    """Models that differ by `spread`, their texts, and every text's likelihood under each."""
+    base, prompts = weights(SMALL), prompts_of(count, SMALL)
+    trees = [
+        jax.tree.map(lambda a, b: a + spread * (b - a), base, weights(SMALL, seed=1 + arm)) if spread else base
+        for arm in range(arms)
+    ]
+    draws = [drawn(tree, draw_key(0, f"arm {arm}", 1, 0), prompts, vocabulary=SMALL) for arm, tree in enumerate(trees)]
+    texts = [text for found in draws for text in texts_of(found)]
+    likelihood_NA = np.stack([scored(tree, prompts * arms, texts, SMALL) for tree in trees], axis=1)
+    for arm, found in enumerate(draws):
+        likelihood_NA[arm * count : (arm + 1) * count, arm] = found.log_probability_B
+    return texts, [f"arm {arm}" for arm in range(arms) for _ in range(count)], likelihood_NA
+
+
+@lru_cache
+def verdict(spread, arms=2):
+    texts, labels, likelihood_NA = arms_of(spread, arms=arms)
+    features, comparison = compared(f"{spread} {arms}", texts, labels)
+    settings = Attribution()
+    bound = ceiling(likelihood_NA, list(dict.fromkeys(labels)), comparison, settings)
+    return attribute(features, comparison, settings), bound
+
+
+@pytest.mark.parametrize(("spread", "arms"), [(0.01, 2), (0.1, 2), (0.3, 2), (0.2, 3)])
+def test_no_classifier_beats_the_likelihood_ceiling(spread, arms):
+    result, bound = verdict(spread, arms)
+    error = np.sqrt(bound.accuracy * (1 - bound.accuracy) / result.test_texts + 0.25 / result.test_texts)
+    assert result.accuracy <= bound.accuracy + 3.3 * error
+    assert bound.accuracy > 1 / arms - 3.3 * error
+
+
+def test_the_ceiling_rises_with_the_difference_of_the_models():
+    bounds = [verdict(spread)[1].accuracy for spread in (0.01, 0.1, 0.3, 1.0)]
+    assert bounds == sorted(bounds)
+    assert bounds[0] < 0.7
+
+
+def test_very_different_models_are_told_apart():
+    """The positive control: the instrument finds what is surely there."""
+    result, bound = verdict(1.0)
+    assert bound.accuracy > 0.95
+    assert result.accuracy > 0.7
+    assert result.p_value == 1e-4
+
+
+def test_nulls_of_one_model_are_rejected_as_often_as_the_test_claims():
+    """Eighty pairs of draws of one model under the same prompts: at 5 %, 99.9 of 100 such series have 0 to 12 rejections."""
+    pairs, count = 80, 250
+    tree, prompts = weights(SMALL), prompts_of(count, SMALL)
+    settings = dataclasses.replace(Attribution(), bootstraps=999, regularisation=(0.1, 1.0))
+    found = []
+    for pair in range(pairs):
+        draws = [drawn(tree, draw_key(0, "arm", 1, 2 * pair + side), prompts, vocabulary=SMALL) for side in range(2)]
+        texts = [text for one in draws for text in texts_of(one)]
+        features, comparison = compared(f"null {pair}", texts, ["draw 0"] * count + ["draw 1"] * count)
+        found.append(attribute(features, comparison, settings))
+    low, high = binom.interval(0.999, pairs, 0.05)
+    assert low <= sum(result.p_value <= 0.05 for result in found) <= high
+    accuracies = np.array([result.accuracy for result in found])
+    assert abs(accuracies.mean() - 0.5) < 4 * 0.5 / np.sqrt(pairs * found[0].test_texts)
+    assert len({json.dumps(result.confusion) for result in found}) > pairs / 2

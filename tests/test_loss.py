@@ -1,0 +1,113 @@
+"""The blocked cross-entropy against the plain formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from natfp_jax import loss
+from natfp_jax.loss import block_length, blocked_cross_entropy
+
+VOCABULARY, PADDED = 37, 64
+
+
+def inputs(batch=4, length=12, width=16, seed=0):
+    random = np.random.default_rng(seed)
+    x_BTD = random.normal(size=(batch, length, width)).astype(np.float32)
+    w_DV = random.normal(size=(width, PADDED)).astype(np.float32)
+    return x_BTD, w_DV, random.integers(0, VOCABULARY, (batch, length)).astype(np.int32)
+
+
+def plain(x_BTD, w_DV, target_BT):
+    """The formula and its gradient in float64, over the unpadded vocabulary."""
+    x, w = x_BTD.astype(np.float64), w_DV.astype(np.float64)
+    z = x @ w[:, :VOCABULARY]
+    log_p = z - z.max(-1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    p, picked = np.exp(log_p), np.take_along_axis(log_p, target_BT[..., None], -1)
+    dz = (p - np.eye(VOCABULARY)[target_BT]) / target_BT.size
+    dw = np.zeros_like(w)
+    dw[:, :VOCABULARY] = np.einsum("btd,btv->dv", x, dz)
+    return -picked.mean(), dz @ w[:, :VOCABULARY].T, dw
+
+
+def blocked(x_BTD, w_DV, target_BT, dtype=jnp.float32):
+    @jax.jit
+    def run(x, w):
+        return jax.value_and_grad(lambda x, w: blocked_cross_entropy(x, w, target_BT, VOCABULARY), (0, 1))(x, w)
+
+    value, (dx, dw) = run(x_BTD.astype(dtype), w_DV)
+    return value, dx, dw
+
+
+def assert_close(found, expected, relative):
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(np.asarray(one, np.float64) - other).max() < relative * np.abs(other).max()
+
+
+def test_value_and_gradient_are_those_of_the_formula():
+    args = inputs()
+    assert_close(blocked(*args), plain(*args), 2e-6)
+
+
+def test_the_gradient_is_that_of_the_unblocked_formula_by_autodiff():
+    x_BTD, w_DV, target_BT = inputs(seed=1)
+
+    def unblocked(x, w):
+        log_p = jax.nn.log_softmax((x @ w)[..., :VOCABULARY], axis=-1)
+        return -jnp.take_along_axis(log_p, target_BT[..., None], axis=-1).mean()
+
+    value, gradient = jax.value_and_grad(unblocked, (0, 1))(x_BTD, w_DV)
+    assert_close(blocked(x_BTD, w_DV, target_BT), (np.asarray(value), *map(np.asarray, gradient)), 2e-6)
+
+
+def test_the_value_alone_is_the_value_with_its_gradient():
+    args = inputs()
+    alone = jax.jit(lambda x, w: blocked_cross_entropy(x, w, args[2], VOCABULARY))(*args[:2])
+    assert alone == blocked(*args)[0]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8, 24, 10**6])
+def test_the_length_of_a_block_does_not_matter(rows, monkeypatch):
+    monkeypatch.setattr(loss, "BLOCK_ROWS", rows)
+    args = inputs()
+    assert_close(blocked(*args), plain(*args), 2e-6)
+
+
+def test_logits_of_hundreds_do_not_overflow():
+    x_BTD, w_DV, target_BT = inputs()
+    args = 100 * x_BTD, w_DV, target_BT
+    assert_close(blocked(*args), plain(*args), 2e-5)
+
+
+def test_padding_has_no_probability_and_no_gradient():
+    x_BTD, w_DV, target_BT = inputs()
+    value, _, dw_DV = blocked(x_BTD, w_DV, target_BT)
+    assert (np.asarray(dw_DV)[:, VOCABULARY:] == 0).all()
+    assert (np.asarray(dw_DV)[:, :VOCABULARY] != 0).all()
+    w_DV[:, VOCABULARY:] = 1e6
+    other_value, dx_BTD, other_dw_DV = blocked(x_BTD, w_DV, target_BT)
+    assert other_value == value
+    assert np.isfinite(dx_BTD).all()
+    assert (np.asarray(other_dw_DV) == np.asarray(dw_DV)).all()
+
+
+def test_a_factor_behind_the_loss_reaches_the_gradient():
+    x_BTD, w_DV, target_BT = inputs()
+    gradient = jax.grad(lambda x: 3 * blocked_cross_entropy(x, w_DV, target_BT, VOCABULARY))(x_BTD)
+    assert_close([gradient], [3 * plain(x_BTD, w_DV, target_BT)[1]], 2e-6)
+
+
+def test_bfloat16_states():
+    args = inputs()
+    value, dx_BTD, dw_DV = blocked(*args, dtype=jnp.bfloat16)
+    assert (value.dtype, dx_BTD.dtype, dw_DV.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    assert_close((value, dx_BTD, dw_DV), plain(*args), 0.02)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "expected"), [(32, 64, 32), (8, 64, 64), (1024, 7, 1), (5000, 64, 1), (3, 341, 341), (100, 60, 10)]
+)
+def test_block_length(batch, length, expected):
+    assert block_length(batch, length) == expected
+    assert length % expected == 0

@@ -1,0 +1,198 @@
+"""The decoder against its definition in float64, what it may see, and its cache."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from natfp_jax import params
+from natfp_jax.config import Model
+from natfp_jax.model import Decoder, _Place, decode, empty_cache, head, hidden, logits
+
+VOCABULARY, PADDED = 100, 128
+MODELS = {
+    "swiglu, tied": Model(width=32, layers=2, heads=4),
+    "gelu, head, one key-value head": Model(width=32, layers=3, heads=4, kv_heads=1, mlp="gelu", tied=False),
+    "two key-value heads, other constants": Model(
+        width=48, layers=2, heads=6, kv_heads=2, mlp_width=40, tied=False, rope_theta=500.0, norm_epsilon=1e-2
+    ),
+    "one layer, one head": Model(width=16, layers=1, heads=1, mlp="gelu"),
+}
+MODEL = MODELS["two key-value heads, other constants"]
+
+
+def weights(model, seed=0):
+    """Every parameter drawn at random, so that none is hidden by a zero or a one of the init."""
+    random = np.random.default_rng(seed)
+    specs = params.table(model, PADDED)
+    drawn = {
+        path: (random.normal(size=spec.shape) * (0.3 if path != "embedding" else 1) + path.endswith("norm")).astype(np.float32)
+        for path, spec in specs.items()
+    }
+    return jax.tree.map(jnp.asarray, params.nest(drawn))
+
+
+def tokens(rows, length, seed=1):
+    return np.random.default_rng(seed).integers(0, VOCABULARY, (rows, length)).astype(np.int32)
+
+
+# --- the definition, in float64 ---------------------------------------------------------------------------------------
+
+
+def rms_norm(x, scale, epsilon):
+    """Zhang and Sennrich, 2019."""
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
+
+
+def rotary(x_TH, theta):
+    """Su et al., 2021: the pair (i, i + H/2) at position t is turned by t · theta^(-2i/H)."""
+    T, H = x_TH.shape
+    out = np.empty_like(x_TH)
+    for t in range(T):
+        for i in range(H // 2):
+            angle = t * theta ** (-2 * i / H)
+            turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+            out[t, [i, i + H // 2]] = turn @ x_TH[t, [i, i + H // 2]]
+    return out
+
+
+def attention(x_TD, p, layer, model):
+    """Vaswani et al., 2017, with grouped queries (Ainslie et al., 2023): query head n reads key-value head n // (N / K)."""
+    T, N, K = len(x_TD), model.heads, model.kv_heads or model.heads
+    out_TD = np.zeros_like(x_TD)
+    for n in range(N):
+        q_TH = rotary(x_TD @ p["q"][layer][:, n], model.rope_theta)
+        k_TH = rotary(x_TD @ p["k"][layer][:, n // (N // K)], model.rope_theta)
+        v_TH = x_TD @ p["v"][layer][:, n // (N // K)]
+        for t in range(T):
+            score = k_TH[: t + 1] @ q_TH[t] / np.sqrt(q_TH.shape[1])
+            weight = np.exp(score - score.max())
+            out_TD[t] += (weight / weight.sum()) @ v_TH[: t + 1] @ p["o"][layer][n]
+    return out_TD
+
+
+def mlp(x_TD, p, layer, model):
+    """SwiGLU (Shazeer, 2020), or GELU in its tanh form (Hendrycks and Gimpel, 2016)."""
+    up = x_TD @ p["up"][layer]
+    if model.mlp == "swiglu":
+        gate = x_TD @ p["gate"][layer]
+        up = up * gate / (1 + np.exp(-gate))
+    else:
+        up = up / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+    return up @ p["down"][layer]
+
+
+def reference(tree, ids_T, model):
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+    x = p["embedding"][ids_T]
+    for layer in range(model.layers):
+        a, m = p["layers"]["attention"], p["layers"]["mlp"]
+        x = x + attention(rms_norm(x, a["norm"][layer], model.norm_epsilon), a, layer, model)
+        x = x + mlp(rms_norm(x, m["norm"][layer], model.norm_epsilon), m, layer, model)
+    x = rms_norm(x, p["norm"], model.norm_epsilon)
+    return x, x @ (p["embedding"].T if model.tied else p["head"])
+
+
+def forward(model, tree, ids_BT):
+    @jax.jit
+    def run(tree):
+        x_BTD = hidden(model, tree, ids_BT)
+        return x_BTD, logits(x_BTD, head(tree), VOCABULARY)
+
+    return run(tree)
+
+
+def distance(found, expected):
+    return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_forward_pass_is_the_definition(name):
+    model, ids_BT = MODELS[name], tokens(2, 9)
+    tree = weights(model)
+    x_BTD, z_BTV = forward(model, tree, ids_BT)
+    assert z_BTV.dtype == jnp.float32
+    for row, ids_T in enumerate(ids_BT):
+        x_TD, z_TV = reference(tree, ids_T, model)
+        assert distance(x_BTD[row], x_TD) < 1e-5
+        assert distance(z_BTV[row, :, :VOCABULARY], z_TV[:, :VOCABULARY]) < 1e-5
+    assert np.isneginf(z_BTV[..., VOCABULARY:]).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_modules_parameters_are_those_of_the_table(name):
+    model = MODELS[name]
+    module = Decoder(model, vocabulary=PADDED)
+    place = _Place(jnp.zeros((1, 4), jnp.int32), None, 0)
+    tree = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32), place, None)["params"]
+    found = {path: (leaf.shape, leaf.dtype) for path, leaf in params.flatten(tree).items()}
+    assert found == {path: (spec.shape, jnp.float32) for path, spec in params.table(model, PADDED).items()}
+
+
+def test_a_state_depends_on_its_token_and_those_before():
+    """By gradients: the state at t has one with respect to the embedding of every token up to t, and none of later ones."""
+    ids_BT = np.arange(8, dtype=np.int32)[None]  # every token once, so that a row of the embedding is a position
+    tree = weights(MODEL)
+
+    def state(embedding, t):
+        return hidden(MODEL, {**tree, "embedding": embedding}, ids_BT)[0, t].sum()
+
+    gradient = jax.jit(jax.vmap(jax.grad(state), (None, 0)))(tree["embedding"], jnp.arange(8))
+    seen = (np.asarray(gradient)[:, :8] != 0).any(axis=-1)
+    assert (seen == np.tri(8, dtype=bool)).all()
+
+
+def test_rows_of_a_batch_do_not_meet():
+    tree, ids_BT = weights(MODEL), tokens(3, 7)
+    changed = ids_BT.copy()
+    changed[1] = (changed[1] + 1) % VOCABULARY
+    before, after = forward(MODEL, tree, ids_BT)[0], forward(MODEL, tree, changed)[0]
+    assert (np.asarray(before)[[0, 2]] == np.asarray(after)[[0, 2]]).all()
+    assert (np.asarray(before)[1] != np.asarray(after)[1]).any()
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_with_a_cache_is_the_full_forward_pass_for_ragged_prompts(name):
+    """Slots and masks as in the sampler: prompts padded on the right, new tokens of all rows in common slots behind them."""
+    model, lengths, width, new = MODELS[name], np.array([1, 3, 6, 8]), 8, 5
+    tree = weights(model)
+    ids_BT = tokens(4, width + new)
+    prompts_BP = np.where(np.arange(width) < lengths[:, None], ids_BT[:, :width], 0)
+    slots, place = np.arange(width + new), np.arange(width)
+    step = jax.jit(lambda *args: decode(model, tree, *args))
+    causal_BPP = (place[None, :, None] >= place) & (place < lengths[:, None, None])
+    mask_BPS = np.pad(causal_BPP, ((0, 0), (0, 0), (0, new)))
+    position_BP = np.broadcast_to(place, (4, width)).astype(np.int32)
+    x_BPD, cache = step(prompts_BP, position_BP, mask_BPS, empty_cache(model, 4, width + new), 0)
+
+    full_BTD = np.asarray(jax.jit(lambda ids: hidden(model, tree, ids))(ids_BT))
+    scale = np.abs(full_BTD).max()
+    for row, length in enumerate(lengths):
+        assert np.abs(x_BPD[row, :length] - full_BTD[row, :length]).max() < 1e-5 * scale
+    for t in range(new):
+        mask_BS = (slots < lengths[:, None]) | ((slots >= width) & (slots <= width + t))
+        here = lengths + t
+        token_B1 = ids_BT[np.arange(4), here][:, None]
+        x_B1D, cache = step(token_B1, here[:, None].astype(np.int32), mask_BS[:, None], cache, np.int32(width + t))
+        assert np.abs(x_B1D[:, 0] - full_BTD[np.arange(4), here]).max() < 1e-5 * scale
+    K = model.kv_heads or model.heads
+    assert cache.k_LBSKH.shape == cache.v_LBSKH.shape == (model.layers, 4, width + new, K, model.width // model.heads)
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_stays_close():
+    model, ids_BT = MODELS["swiglu, tied"], tokens(4, 16)
+    half = replace(model, dtype="bfloat16")
+    tree = weights(model)
+    x_BTD, z_BTV = forward(half, tree, ids_BT)
+    assert x_BTD.dtype == jnp.bfloat16
+    assert z_BTV.dtype == jnp.float32
+    full_BTV = np.asarray(forward(model, tree, ids_BT)[1])[..., :VOCABULARY]
+    assert 1e-4 < distance(z_BTV[..., :VOCABULARY], full_BTV) < 0.05  # it is computed in bfloat16, and not badly

@@ -1,0 +1,457 @@
+"""A study's stages do what is missing and nothing else, refuse what does not belong, and do not mind being killed.
+
+The stages run in this process on one device; `natfp run` itself runs, and is killed, in processes of its own.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from natfp_jax import config, files, lineage, mesh, stages, stats, texts
+from natfp_jax.ceiling import log_likelihood
+from natfp_jax.config import Attribution, Corpus, Data, Experiment, Factor, Model, Perturb, Run, Sampling, Stories, Study
+from natfp_jax.errors import UserError
+from natfp_jax.params import flatten
+from natfp_jax.progress import Progress
+from natfp_jax.report import report
+from natfp_jax.sample import Strategy
+from natfp_jax.stages import Work
+from natfp_jax.study import Draw, draws
+from natfp_jax.train import load_params
+
+STUDY = Study(
+    name="tiny",
+    experiment=Experiment(
+        corpus=Corpus(source=Stories(count=700), vocabulary=300, validation_fraction=0.05, prompt_fraction=0.4, shards=2),
+        model=Model(width=32, layers=1, heads=2),
+        data=Data(seq_len=32, windows=128, epochs=1, batch=8),
+    ),
+    factors=(Factor("seeds.init", (0, 1)),),
+    twin=Perturb(parameter="embedding", index=50, ulps=1),
+    run=Run(log_every=4, validation_windows=16),
+    sampling=Sampling(prompts=150, prompt_chars=20, new_tokens=8, batch=64, checkpoints=(0.5, 1.0)),
+)
+
+
+def work(out, study=STUDY):
+    """The study's work on one device."""
+    made = Work(study, out, Progress(quiet=True))
+    made.devices = mesh.make(config.Mesh(), jax.devices()[:1])
+    return made
+
+
+def everything(out, study=STUDY, stop=None):
+    """What `natfp run` does, up to the stage `stop`."""
+    made = work(out, study)
+    with made.claimed():
+        for stage in ("corpus", "train", "sample", "attribute"):
+            getattr(made, stage)()
+            if stage == stop:
+                return made
+        report(made)
+    return made
+
+
+def tree(folder):
+    """File → contents and time of change, the locks aside."""
+    return {
+        path.relative_to(folder).as_posix(): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def contents(folder, *parts):
+    return {name: hashed for name, (hashed, _) in tree(folder).items() if name.split("/")[0] in parts}
+
+
+def results(out, name="tiny"):
+    """What a study comes to, without anything that tells times."""
+    folder = out / "studies" / name
+    drawn = {path.name: pq.read_table(path).to_pydict() for path in sorted((folder / "draws").iterdir())}
+    records = {path.name: texts.read_record(path) for path in sorted((folder / "draws").iterdir())}
+    trained = {path.parent.name: json.loads(path.read_text()) for path in sorted((out / "runs").glob("*/lineage.json"))}
+    metrics = {path.parent.name: path.read_text() for path in sorted((out / "runs").glob("*/metrics.jsonl"))}
+    attribution = json.loads((folder / "attribution.json").read_text())
+    summary = json.loads((folder / "report" / "summary.json").read_text())
+    kept = {field: summary[field] for field in summary if field not in ("stages", "inputs")}
+    return {"draws": drawn, "records": records, "runs": trained, "metrics": metrics, "rows": attribution, "summary": kept}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished study; read it only."""
+    out = tmp_path_factory.mktemp("finished")
+    everything(out)
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A finished study to be spoiled."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+# --- what is there ----------------------------------------------------------------------------------------------------
+
+
+def test_every_draw_is_of_its_prompts_and_its_weights(finished):
+    made = work(finished)
+    tokenizer = made.store.tokenizer
+    wanted = draws(STUDY)
+    assert len(wanted) == 2 * 4
+    for one in wanted:
+        table = texts.read(made.draw_path(one)).to_pydict()
+        assert table["arm"] == [one.arm] * 150
+        assert table["checkpoint"] == [one.step] * 150
+        assert table["draw"] == [one.number] * 150
+        assert table["prompt"] == [prompt.text for prompt in made.prompts]
+        assert table["prompt_id"] == [prompt.id for prompt in made.prompts]
+        assert table["document_id"] == [prompt.document for prompt in made.prompts]
+        assert table["text"] == [tokenizer.decode(ids) for ids in table["ids"]]
+        assert all(1 <= len(ids) <= 8 and max(ids) < tokenizer.size for ids in table["ids"])
+        record = texts.read_record(made.draw_path(one))
+        assert record["inputs"]["weights"] == made.run_of(one.arm).record(one.step)["weights"]
+        assert record["fingerprint"] == made.identities[one.arm].fingerprint
+        assert record["settings"] == {"new_tokens": 8, "temperature": 1.0, "top_k": None, "top_p": 1.0, "seed": 0}
+    tables = [texts.read(made.draw_path(one))["ids"].to_pylist() for one in wanted]
+    for i, one in enumerate(tables):  # the twin's weights are nearly the base arm's, and the null's are them; noise is not
+        for other in tables[:i]:
+            assert np.mean([a == b for a, b in zip(one, other, strict=True)]) < 0.1
+
+
+def test_every_result_has_its_numerics_record(finished):
+    made = work(finished)
+    expected = lineage.numerics(made.devices)
+    assert expected["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    width = -(-max(map(len, made.prompt_ids)) // 8) * 8
+    for one in draws(STUDY):
+        record = texts.read_record(made.draw_path(one))["numerics"]
+        assert record == {**expected, "batch": 64, "prompt_slots": width}
+    for arm in made.arms:
+        assert [made.run_of(arm).record(step)["numerics"]["batch"] for step in (0, 8, 16)] == [8] * 3
+        assert made.run_of(arm).record(16)["numerics"].items() >= expected.items()
+    summary = json.loads((finished / "studies" / "tiny" / "report" / "summary.json").read_text())
+    assert summary["numerics"]["differ"] == []
+
+
+def test_the_twin_starts_one_unit_in_the_last_place_away(finished):
+    made = work(finished)
+    base, twin = (
+        flatten(load_params(made.run_of(name), 0, arm.experiment, made.store_of(arm), made.devices))
+        for name, arm in made.arms.items()
+        if name in ("init0", "init0-twin")
+    )
+    for path, leaf in base.items():
+        different = np.flatnonzero(np.asarray(leaf) != np.asarray(twin[path]))
+        assert different.tolist() == ([50] if path == "embedding" else [])
+    a, b = (np.asarray(params["embedding"]).reshape(-1)[50] for params in (base, twin))
+    assert b == np.nextafter(a, np.float32(np.inf))
+
+
+def test_the_ceiling_is_the_accuracy_of_the_likelihood_on_the_test_texts(finished):
+    """Computed again from the files, without the stage."""
+    made = work(finished)
+    rows = json.loads((finished / "studies" / "tiny" / "attribution.json").read_text())["comparisons"]
+    assert len(rows) == 2 * 3 * 2
+    parts = stats.split([prompt.document for prompt in made.prompts], 0, validation=0.1, test=0.4)
+    test = np.flatnonzero(parts == "test")
+    prompts = [made.prompt_ids[i] for i in test]
+
+    def likelihood(arm, step, table):
+        experiment = made.arms[arm].experiment
+        params = load_params(made.run_of(arm), step, experiment, made.store, made.devices)
+        ids = table["ids"].to_pylist()
+        continuations, size = [ids[i] for i in test], made.store.tokenizer.size
+        return log_likelihood(params, prompts, continuations, experiment.model, Strategy(), size, 64, made.devices)
+
+    for row in rows:
+        if row["factor"] == "null":
+            assert row["ceiling"] == 0.5
+            assert row["ceiling_ci95"] == [0.5, 0.5]
+        if row["factor"] != "init" or row["classifier"] != "words":
+            continue
+        right = []
+        for own, other in (("init0", "init1"), ("init1", "init0")):
+            table = texts.read(made.draw_path(Draw(own, row["checkpoint"])))
+            recorded = table["log_probability"].to_numpy()[test]
+            mine, others = (likelihood(arm, row["checkpoint"], table) for arm in (own, other))
+            np.testing.assert_allclose(recorded, mine, atol=1e-3)
+            right += (recorded > others).tolist()
+        assert row["test_texts"] == 2 * len(test)
+        assert row["ceiling"] == pytest.approx(np.mean(right), abs=1e-9)
+
+
+def test_no_classifier_beats_the_ceiling_of_a_study(finished):
+    for row in json.loads((finished / "studies" / "tiny" / "attribution.json").read_text())["comparisons"]:
+        error = np.sqrt(0.25 / row["test_texts"]) + np.sqrt(row["ceiling"] * (1 - row["ceiling"]) / row["test_texts"])
+        assert row["accuracy"] <= row["ceiling"] + 3.3 * error
+
+
+# --- again ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_study_is_left_as_it_is(copy, monkeypatch):
+    before = tree(copy)
+    for name in ("train", "draw", "log_likelihood"):  # nor is anything computed
+        monkeypatch.setattr(stages, name, None)
+    everything(copy)
+    assert tree(copy) == before
+
+
+@pytest.mark.parametrize("stop", ["corpus", "train", "sample", "attribute"])
+def test_a_study_goes_on_from_any_stage(copy, finished, stop):
+    shutil.rmtree(copy / "studies")
+    if stop == "corpus":
+        shutil.rmtree(copy / "runs")
+    everything(copy, stop=stop)
+    if stop == "train":
+        assert not (copy / "studies" / "tiny" / "draws").exists()
+    early = tree(copy)
+    everything(copy)
+    kept = {name for name in early if "timings" not in name and "/.tmp" not in name}
+    assert {name: tree(copy)[name] for name in kept} == {name: early[name] for name in kept}
+    assert results(copy) == results(finished)
+
+
+def test_a_lost_draw_is_drawn_again(copy, finished):
+    path = copy / "studies" / "tiny" / "draws" / "init0.step8.draw1.parquet"
+    path.unlink()
+    with pytest.raises(UserError, match="natfp sample"):
+        work(copy).attribute()
+    before = tree(copy)
+    everything(copy)
+    changed = {name for name, state in tree(copy).items() if before.get(name) != state}
+    assert path.relative_to(copy).as_posix() in changed
+    assert not any(name.startswith(("runs/", "corpora/", "data/")) or "attribution.json" in name for name in changed)
+    assert results(copy) == results(finished)
+
+
+def test_a_lost_run_is_trained_again(copy, finished):
+    run = work(copy).run_of("init1").folder
+    shutil.rmtree(run)
+    with pytest.raises(UserError, match=r"arm init1 lacks the checkpoints at steps \[0, 8, 16\]: run `natfp train` first"):
+        work(copy).sample()
+    before = tree(copy)
+    everything(copy)
+    changed = {name for name, state in tree(copy).items() if before.get(name) != state}
+    assert all(name.startswith((f"runs/{run.name}/", "studies/tiny/report/", "studies/tiny/timings")) for name in changed)
+    assert results(copy) == results(finished)
+
+
+def test_a_lost_attribution_is_made_again(copy, finished):
+    (copy / "studies" / "tiny" / "attribution.json").unlink()
+    everything(copy)
+    assert results(copy) == results(finished)
+
+
+def test_texts_are_attributed_anew_with_other_settings_and_only_then(copy):
+    path = copy / "studies" / "tiny" / "attribution.json"
+    before = path.read_bytes()
+    work(copy).attribute()
+    assert path.read_bytes() == before
+    other = replace(STUDY, attribution=Attribution(classifiers=("words",), split_seed=5))
+    work(copy, other).attribute()
+    rows = json.loads(path.read_text())["comparisons"]
+    assert {row["classifier"] for row in rows} == {"words"}
+    assert json.loads(path.read_text())["inputs"] != json.loads(before)["inputs"]
+
+
+# --- sharing ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_studies_below_one_folder_share_runs(copy):
+    other = replace(STUDY, name="other", factors=(Factor("seeds.order", (0, 1)),), twin=None)
+    before = tree(copy)
+    made = everything(copy, other)
+    after = tree(copy)
+    assert {name: after[name] for name in before} == before
+    assert made.run_of("order0").folder == work(copy).run_of("init0").folder
+    assert len(list((copy / "runs").iterdir())) == 3 + 1
+    # the same weights, prompts, settings and draw number: the same texts
+    one, same = (
+        pq.read_table(copy / "studies" / name / "draws" / f"{arm}.step16.draw1.parquet").drop_columns(["arm"])
+        for name, arm in (("tiny", "init0"), ("other", "order0"))
+    )
+    assert one.equals(same)
+
+
+# --- what does not belong ---------------------------------------------------------------------------------------------
+
+
+def refused(copy, *parts, study=STUDY):
+    before = tree(copy)
+    with pytest.raises(UserError) as caught:
+        everything(copy, study)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+    assert tree(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"twin": None}, "twin"),
+        ({"sampling": replace(STUDY.sampling, temperature=0.5)}, "sampling.temperature"),
+        ({"experiment": replace(STUDY.experiment, model=replace(STUDY.experiment.model, layers=2))}, "experiment.model.layers"),
+    ],
+)
+def test_another_study_of_the_same_name_is_refused(copy, change, field):
+    other = replace(STUDY, **change)
+    mine, its = (config.fingerprint(replace(study, run=Run())) for study in (other, STUDY))
+    refused(copy, its[:16], mine[:16], f"(they differ in {field})", "give another --out", study=other)
+
+
+def test_where_a_study_runs_is_no_part_of_it(copy):
+    everything(copy, replace(STUDY, run=replace(STUDY.run, log_every=7)))
+
+
+def test_a_draw_of_other_weights_is_refused(copy):
+    folder = copy / "studies" / "tiny" / "draws"
+    shutil.copy(folder / "init1.step16.draw0.parquet", folder / "init0.step16.draw0.parquet")
+    made = work(copy)
+    its, mine = (made.run_of(arm).record(16)["weights"] for arm in ("init1", "init0"))
+    refused(copy, str(folder / "init0.step16.draw0.parquet"), f"was drawn from weights {its}, expected {mine}")
+
+
+def test_a_draw_of_other_settings_is_refused(copy):
+    path = copy / "studies" / "tiny" / "draws" / "init0.step16.draw0.parquet"
+    record = texts.read_record(path)
+    changed = {**record, "inputs": {**record["inputs"], "settings": "f" * 64}}
+    texts.write(path, texts.read(path).to_pydict(), changed)
+    refused(copy, f"was drawn from settings {'f' * 64}, expected {record['inputs']['settings']}")
+
+
+def test_a_damaged_draw_is_refused(copy):
+    path = copy / "studies" / "tiny" / "draws" / "init0.step16.draw0.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(copy, f"{path} is no sample file of natfp", "remove it and run the same command again")
+    path.unlink()
+    everything(copy)
+
+
+def test_the_run_of_another_experiment_is_refused(copy):
+    made = work(copy)
+    mine, its = (made.identities[arm].fingerprint for arm in ("init0", "init1"))
+    folder = made.run_of("init0").folder
+    shutil.rmtree(folder)
+    shutil.copytree(made.run_of("init1").folder, folder)
+    shutil.rmtree(folder / "checkpoints" / "16")
+    refused(copy, str(folder), f"holds the run {its}, expected {mine}")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", "\xff"])
+@pytest.mark.parametrize("name", ["study.json", "arms.json", "attribution.json", "timings.json"])
+def test_a_damaged_file_of_a_study_is_refused_or_written_again(copy, finished, name, text):
+    path = copy / "studies" / "tiny" / name
+    path.write_text(text, encoding="latin-1")
+    try:
+        everything(copy)
+    except UserError as error:
+        assert str(path) in str(error)  # noqa: PT017
+        assert "\n" not in str(error)  # noqa: PT017
+        assert path.read_text(encoding="latin-1") == text
+        return
+    assert results(copy)["rows"] == results(finished)["rows"]
+
+
+def test_prompts_too_few_are_known_before_training(tmp_path, finished):
+    shutil.copytree(finished / "corpora", tmp_path / "corpora")
+    shutil.copytree(finished / "data", tmp_path / "data")
+    study = replace(STUDY, sampling=replace(STUDY.sampling, prompts=100_000))
+    with pytest.raises(UserError, match="100000 were asked for"):
+        everything(tmp_path, study)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_study_of_a_running_process_is_refused(copy):
+    made, other = work(copy), work(copy)
+    before = tree(copy)
+    with made.claimed(), pytest.raises(UserError, match=f"in use by another process \\(pid {os.getpid()} on "), other.claimed():
+        pass
+    assert tree(copy) == before
+
+
+# --- real processes, killed -------------------------------------------------------------------------------------------
+
+FILE = """
+from natfp_jax.config import *
+
+study = from_json(Study, {!r})
+"""
+MOMENTS = ["collecting stories", "training the tokenizer", "train 3 arms", "sample (", "likelihood ceiling", "attribute ("]
+
+
+@pytest.fixture(scope="module")
+def natfp(tmp_path_factory):
+    """Starts `natfp run` on the study, with compilations shared between processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "study.py").write_text(FILE.format(config.to_json(STUDY)))
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def start(out):
+        command = [Path(sys.executable).with_name("natfp"), "run", folder / "study.py", "--out", out]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    return start
+
+
+def stopped(process, moment, seconds, number):
+    """Sends the signal some time after the process has said that it is at `moment`; gives all that it said."""
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith(moment):
+            time.sleep(seconds)
+            process.send_signal(number)
+            break
+    out, errors = process.communicate(timeout=100)
+    return out, "".join(said) + errors
+
+
+def test_killed_again_and_again_a_study_comes_to_the_same(natfp, tmp_path):
+    untouched = natfp(tmp_path / "untouched")
+    _, errors = untouched.communicate(timeout=200)
+    assert untouched.returncode == 0, errors
+
+    moments, kills = random.Random(0), 0
+    out = tmp_path / "killed"
+    for moment in MOMENTS:
+        process = natfp(out)
+        if moment == "train 3 arms":  # a user's Ctrl-C
+            said, errors = stopped(process, moment, moments.uniform(0, 0.5), signal.SIGINT)
+            assert process.returncode == 130
+            assert said == ""
+            assert errors.splitlines()[-1] == "natfp: stopped; the same command goes on from here"
+            assert "Traceback" not in errors
+            continue
+        stopped(process, moment, moments.uniform(0, 0.3), signal.SIGKILL)
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 3
+    last = natfp(out)
+    said, errors = last.communicate(timeout=200)
+    assert last.returncode == 0, errors
+    assert "init 0 vs 1" in said
+    assert results(out) == results(tmp_path / "untouched")
+    assert contents(out, "corpora", "data") == contents(tmp_path / "untouched", "corpora", "data")
+    remains = [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    assert remains == []
+    assert files.read_json(out / "studies" / "tiny" / "study.json")["study"] == config.to_json(STUDY)
