@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grain
 import tensorflow_datasets as tfds
 
 from natfp_jax import config
@@ -135,6 +134,8 @@ class _TFRecords:
         return example
 
     def _read(self) -> Iterator[bytes]:
+        import grain  # loads jax, which nothing else here needs
+
         for file in self._split.file_instructions:
             records = iter(grain.experimental.TFRecordIterDataset(file.filename))
             yield from itertools.islice(records, file.skip, file.skip + file.take)
