@@ -4,9 +4,12 @@ Owns the command line and exit codes: 0, or 2 with one line for a user's mistake
 verbs, and nothing is computed here.
 """
 
+import contextlib
 import errno
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +32,7 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path, tyro.conf.arg(metavar="DIR", help="where everything is written and found again")]
 _OUT = Path("out")
+_STOPPED = "natfp: stopped; the same command goes on from here"
 
 
 def _perform(study: Path, overrides: tuple[str, ...], out: Path, *stages: str) -> None:
@@ -107,29 +111,57 @@ def _overrides_last(args: list[str]) -> list[str]:
     return [arg for arg in args if arg not in given] + given
 
 
+@contextlib.contextmanager
+def _ended_by_interrupt() -> Iterator[None]:
+    """Ends the process at Ctrl-C, at once: every file is whole or absent at any moment.
+
+    The usual exception is lost where it is raised inside a callback of JAX, and becomes a traceback in threads of Orbax.
+    """
+
+    def end(*_: object) -> None:
+        cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # a bar of progress hides it
+        os.write(2, f"{cursor}{_STOPPED}\n".encode())
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # else the caller has its own way with it
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
+
+
+def _unwritable(error: Exception) -> str | None:
+    """What the system says of a disk that is full or not to be written to; libraries put that into errors of their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    full = os.strerror(errno.ENOSPC)
+    return full if full in str(error) or "disk is full" in str(error) else None
+
+
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     verbs = {verb.__name__: verb for verb in (run, train, sample, attribute, report, status)}
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            verbs,
-            prog="natfp",
-            args=_overrides_last(sys.argv[1:]),
-            description="natfp: what makes a language model recognisable by its text when nothing but X changed?",
-            use_underscores=True,
-        )
+        with _ended_by_interrupt():
+            tyro.extras.subcommand_cli_from_dict(
+                verbs,
+                prog="natfp",
+                args=_overrides_last(sys.argv[1:]),
+                description="natfp: what makes a language model recognisable by its text when nothing but X changed?",
+                use_underscores=True,
+            )
     except UserError as error:
         print(f"natfp: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        print(
-            f"natfp: {error.strerror}: {error.filename}: make room or give another --out, then run the same command again",
-            file=sys.stderr,
-        )
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("natfp: stopped; the same command goes on from here", file=sys.stderr)
+        print(_STOPPED, file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if (said := _unwritable(error)) is None:
+            raise
+        print(f"natfp: {said}: make room or give another --out, then run the same command again", file=sys.stderr)
+        sys.exit(2)

@@ -25,6 +25,7 @@ def summarise(work: Work) -> Summary:
     path = work.folder / "attribution.json"
     if not path.exists():
         raise UserError(f"{path} does not exist: run `natfp attribute` first")
+    work.require_trained()
     attributed = files.read_json(path)
     records = {arm: _records(work, arm) for arm in work.arms}
     summary = {

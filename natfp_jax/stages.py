@@ -61,11 +61,11 @@ class Work:
         """
         path, mine = self.folder / "study.json", config.fingerprint(replace(self.study, run=config.Run()))
         begun = (self.folder / "arms.json").exists()  # until then there is nothing to be confused with
-        if begun and (owner := files.read_json(path))["fingerprint"] != mine:
-            changed = ", ".join(_differences(owner["study"], config.to_json(self.study))) or "version"
+        if begun and (owner := _object(path)).get("fingerprint") != mine:
+            changed = ", ".join(_differences(owner.get("study"), config.to_json(self.study))) or "version"
             raise UserError(
-                f"{self.folder} holds the study {owner['fingerprint'][:16]}, expected {mine[:16]} (they differ in {changed}): "
-                "give another --out, or another name=... to share its runs"
+                f"{self.folder} holds the study {str(owner.get('fingerprint'))[:16]}, expected {mine[:16]} (they differ in "
+                f"{changed}): give another --out, or another name=... to share its runs"
             )
         with alone(self.folder):
             _write_if_new(path, {"fingerprint": mine, "study": config.to_json(self.study)})
@@ -77,7 +77,7 @@ class Work:
         start, amounts = time.perf_counter(), dict[str, int]()
         yield amounts
         path = self.folder / "timings.json"
-        timings = files.read_json(path) if path.exists() else {}
+        timings = _object(path) if path.exists() else {}
         entry = timings.setdefault(stage, {"seconds": 0.0})
         entry["seconds"] = round(entry["seconds"] + time.perf_counter() - start, 2)
         for name, amount in amounts.items():
@@ -219,7 +219,7 @@ class Work:
 
     def sample(self) -> None:
         """Draws what is missing."""
-        self._require_trained()
+        self.require_trained()
         missing = self.missing_draws()
         if not missing:
             return
@@ -233,7 +233,8 @@ class Work:
         for arm, identity in self.identities.items():
             self.run_of(arm).check_owner(identity)
 
-    def _require_trained(self) -> None:
+    def require_trained(self) -> None:
+        """Raises a UserError if an arm lacks a checkpoint, or its run is another experiment's."""
         self._check_owners()
         for arm in self.arms.values():
             if missing := self.run_of(arm.id).missing(self._kept(arm)):
@@ -344,7 +345,7 @@ class Work:
 
     def attribute(self) -> None:
         """Scores every comparison, unless that was done with the same texts and settings."""
-        self._require_trained()
+        self.require_trained()
         if missing := self.missing_draws():
             raise UserError(f"draw {missing[0]} is missing: run `natfp sample` first")
         wanted = draws(self.study)
@@ -355,7 +356,7 @@ class Work:
             }
         )
         path = self.folder / "attribution.json"
-        if path.exists() and files.read_json(path)["inputs"] == inputs:
+        if path.exists() and _object(path).get("inputs") == inputs:
             return
         with self._timed("attribute"):
             drawn = {one: texts.read(self.draw_path(one)) for one in wanted}
@@ -401,6 +402,13 @@ class Work:
         for row, p_holm in zip(results, stats.holm([row["p_value"] for row in results]), strict=True):
             row["p_holm"] = float(p_holm)
         return results
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = files.read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object: remove it and run the same command again")
+    return found
 
 
 def _write_if_new(path: Path, value: Any) -> None:

@@ -224,6 +224,7 @@ def work(tmp_path, monkeypatch):
         comparisons=comparisons(SMALL),
         store=_Named(meta={"name": "docs"}, sha256="c" * 64, tokens=3_500_000),
         identities={arm["id"]: _Named(fingerprint=arm["fingerprint"]) for arm in made["arms"]},
+        require_trained=lambda: None,
         run_of=runs.__getitem__,
         draw_path=lambda one: folder / "draws" / f"{one.arm}.step{one.step}.draw{one.number}.parquet",
     )

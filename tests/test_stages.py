@@ -4,6 +4,7 @@ The stages run in this process on one device; `natfp run` itself runs, and is ki
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -43,6 +44,7 @@ STUDY = Study(
     twin=Perturb(parameter="embedding", index=50, ulps=1),
     run=Run(log_every=4, validation_windows=16),
     sampling=Sampling(prompts=150, prompt_chars=20, new_tokens=8, batch=64, checkpoints=(0.5, 1.0)),
+    attribution=Attribution(classifiers=("subwords",)),
 )
 
 
@@ -166,7 +168,7 @@ def test_the_ceiling_is_the_accuracy_of_the_likelihood_on_the_test_texts(finishe
     """Computed again from the files, without the stage."""
     made = work(finished)
     rows = json.loads((finished / "studies" / "tiny" / "attribution.json").read_text())["comparisons"]
-    assert len(rows) == 2 * 3 * 2
+    assert len(rows) == 2 * 3
     parts = stats.split([prompt.document for prompt in made.prompts], 0, validation=0.1, test=0.4)
     test = np.flatnonzero(parts == "test")
     prompts = [made.prompt_ids[i] for i in test]
@@ -182,7 +184,7 @@ def test_the_ceiling_is_the_accuracy_of_the_likelihood_on_the_test_texts(finishe
         if row["factor"] == "null":
             assert row["ceiling"] == 0.5
             assert row["ceiling_ci95"] == [0.5, 0.5]
-        if row["factor"] != "init" or row["classifier"] != "words":
+        if row["factor"] != "init":
             continue
         right = []
         for own, other in (("init0", "init1"), ("init1", "init0")):
@@ -212,18 +214,22 @@ def test_a_finished_study_is_left_as_it_is(copy, monkeypatch):
     assert tree(copy) == before
 
 
-@pytest.mark.parametrize("stop", ["corpus", "train", "sample", "attribute"])
-def test_a_study_goes_on_from_any_stage(copy, finished, stop):
+def test_a_study_that_is_stopped_after_each_stage_goes_on_from_there(copy, finished):
     shutil.rmtree(copy / "studies")
-    if stop == "corpus":
-        shutil.rmtree(copy / "runs")
-    everything(copy, stop=stop)
-    if stop == "train":
-        assert not (copy / "studies" / "tiny" / "draws").exists()
-    early = tree(copy)
-    everything(copy)
-    kept = {name for name in early if "timings" not in name and "/.tmp" not in name}
-    assert {name: tree(copy)[name] for name in kept} == {name: early[name] for name in kept}
+    for stop in ("corpus", "train", "sample", "attribute", None):
+        before = tree(copy)
+        everything(copy, stop=stop)
+        after = tree(copy)
+        kept = [name for name in before if not name.endswith("timings.json")]
+        assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+        there = {path.name for path in (copy / "studies" / "tiny").iterdir()}
+        assert ("draws" in there, "attribution.json" in there, "report" in there) == {
+            "corpus": (False, False, False),
+            "train": (False, False, False),
+            "sample": (True, False, False),
+            "attribute": (True, True, False),
+            None: (True, True, True),
+        }[stop]
     assert results(copy) == results(finished)
 
 
@@ -354,15 +360,15 @@ def test_the_run_of_another_experiment_is_refused(copy):
     refused(copy, str(folder), f"holds the run {its}, expected {mine}")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", "\xff"])
 @pytest.mark.parametrize("name", ["study.json", "arms.json", "attribution.json", "timings.json"])
+@pytest.mark.parametrize("text", ["{", "{}"])
 def test_a_damaged_file_of_a_study_is_refused_or_written_again(copy, finished, name, text):
     path = copy / "studies" / "tiny" / name
     path.write_text(text, encoding="latin-1")
     try:
         everything(copy)
     except UserError as error:
-        assert str(path) in str(error)  # noqa: PT017
+        assert str(path.parent) in str(error)  # noqa: PT017
         assert "\n" not in str(error)  # noqa: PT017
         assert path.read_text(encoding="latin-1") == text
         return
@@ -386,6 +392,142 @@ def test_the_study_of_a_running_process_is_refused(copy):
     assert tree(copy) == before
 
 
+# --- factors on disk --------------------------------------------------------------------------------------------------
+
+GRID = replace(
+    STUDY,
+    name="grid",
+    factors=(Factor("seeds.init", (0, 1)), Factor("seeds.order", (0, 1))),
+    twin=None,
+    sampling=replace(STUDY.sampling, prompts=100, checkpoints=(0.0, 1.0)),
+    attribution=Attribution(classifiers=("subwords",), regularisation=(0.1,), bootstraps=999),
+)
+
+
+@pytest.fixture(scope="module")
+def grid(finished, tmp_path_factory):
+    """Two initial weights by two orders, done beside the finished study; read it only."""
+    return everything(Path(shutil.copytree(finished, tmp_path_factory.mktemp("grid") / "out")), GRID)
+
+
+def test_orders_share_their_start_and_inits_their_order(grid):
+    first, last = ({arm: grid.run_of(arm).record(step) for arm in grid.arms} for step in (0, 16))
+    for i in "01":
+        orders, inits = [f"init{i}-order{o}" for o in "01"], [f"init{o}-order{i}" for o in "01"]
+        assert len({first[arm]["weights"] for arm in orders}) == 1
+        assert {last[arm]["init_hash"] for arm in orders} == {first[orders[0]]["weights"]}
+        assert len({last[arm]["order_hash"] for arm in orders}) == 2
+        assert len({last[arm]["order_hash"] for arm in inits}) == 1
+        assert len({last[arm]["init_hash"] for arm in inits}) == 2
+    assert len({record["weights"] for record in last.values()}) == 4, "every arm ends elsewhere"
+
+
+def test_the_ceiling_of_orders_is_exactly_half_before_the_first_step(grid):
+    rows = files.read_json(grid.folder / "attribution.json")["comparisons"]
+    bound = {(row["name"], row["checkpoint"]): row["ceiling"] for row in rows}
+    for name in ("order 0 vs 1 (init 0)", "order 0 vs 1 (init 1)", "order (pooled)"):
+        assert bound[name, 0] == 0.5
+    assert any(bound[name, 16] != 0.5 for name in ("order 0 vs 1 (init 0)", "order 0 vs 1 (init 1)"))
+    assert bound["init (pooled)", 0] > 0.5
+    for step in (0, 16):
+        assert bound["null of init0-order0", step] == 0.5
+
+
+def test_draws_of_equal_weights_share_no_noise(grid):
+    """At step 0 the orders differ in nothing but whose draws they are."""
+    drawn = {one: texts.read(grid.draw_path(one))["ids"].to_pylist() for one in draws(GRID)}
+    assert len(drawn) == 2 * 5
+    for one, its in drawn.items():
+        for other, theirs in drawn.items():
+            if one != other:
+                assert np.mean([a == b for a, b in zip(its, theirs, strict=True)]) < 0.1, (one, other)
+
+
+def test_lineage_is_a_chain_of_weights(grid):
+    for arm, identity in grid.identities.items():
+        run = grid.run_of(arm)
+        told = files.read_json(run.folder / "lineage.json")
+        assert (told["fingerprint"], told["inputs"]) == (identity.fingerprint, identity.inputs)
+        chain = told["checkpoints"]
+        assert chain == [run.record(record["step"]) for record in chain]
+        assert (chain[0]["step"], chain[0]["parent"]) == (0, None)
+        assert chain[-1]["step"] == 16
+        for before, after in itertools.pairwise(chain):
+            assert after["parent"] == {"step": before["step"], "weights": before["weights"]}
+            assert after["init_hash"] == chain[0]["weights"]
+        experiment = grid.arms[arm].experiment
+        for record in (chain[0], chain[-1]):
+            params = load_params(run, record["step"], experiment, grid.store, grid.devices)
+            assert lineage.weight_hash(params) == record["weights"]
+
+
+def test_the_summary_names_hashes_amounts_and_every_comparison(grid):
+    summary = files.read_json(grid.folder / "report" / "summary.json")
+    assert [arm["id"] for arm in summary["arms"]] == list(grid.arms)
+    for arm in summary["arms"]:
+        run = grid.run_of(arm["id"])
+        assert arm["fingerprint"] == grid.identities[arm["id"]].fingerprint
+        assert (arm["init_hash"], arm["final_hash"]) == (run.record(0)["weights"], run.record(16)["weights"])
+        assert arm["order_hash"] == run.record(16)["order_hash"]
+        assert (arm["steps"], arm["tokens"], arm["val_loss"]) == (16, 16 * 8 * 32, run.record(16)["val_loss"])
+    assert [arm["seeds"] for arm in summary["arms"]] == [{"init": i, "order": o} for i in (0, 1) for o in (0, 1)]
+    assert summary["corpus"]["sha256"] == grid.store.sha256
+    assert summary["stages"]["train"]["tokens"] == 2 * 16 * 8 * 32, "two of the four arms were there"
+    assert summary["stages"]["sample"]["texts"] == 10 * 100
+    assert [row["name"] for row in summary["comparisons"]] == [comparison.name for comparison in grid.comparisons]
+    assert len(summary["comparisons"]) == 2 * 8
+    for row in summary["comparisons"]:
+        assert row["p_holm"] >= row["p_value"] >= 1e-4
+        assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
+
+
+def test_swapped_draws_are_refused(copy):
+    made = work(copy)
+    one, other = (made.draw_path(Draw(arm, 16)) for arm in ("init0", "init1"))
+    between = one.with_name("between")
+    for old, new in ((one, between), (other, one), (between, other)):
+        old.rename(new)
+    hashes = [made.run_of(arm).record(16)["weights"] for arm in ("init0", "init1")]
+    for stage in (made.sample, made.attribute):
+        before = tree(copy)
+        with pytest.raises(UserError, match="was drawn from weights") as caught:
+            stage()
+        assert all(one_hash in str(caught.value) for one_hash in hashes)
+        assert tree(copy) == before
+
+
+def test_a_whole_run_under_the_name_of_another_is_refused(copy):
+    made = work(copy)
+    mine, its = (made.run_of(arm).folder for arm in ("init0", "init1"))
+    shutil.rmtree(mine)
+    shutil.copytree(its, mine)
+    for stage in (made.train, made.sample, made.attribute):
+        before = tree(copy)
+        with pytest.raises(UserError) as caught:
+            stage()
+        for arm in ("init0", "init1"):
+            assert made.identities[arm].fingerprint in str(caught.value)
+        assert tree(copy) == before
+
+
+def test_stages_without_the_runs_say_what_comes_first(copy):
+    shutil.rmtree(copy / "runs")
+    made = work(copy)
+    for stage in (made.sample, made.attribute):
+        with pytest.raises(UserError, match="run `natfp train` first"):
+            stage()
+
+
+def test_a_mistake_is_corrected_under_the_same_name(copy):
+    right = replace(STUDY, name="hasty")
+    wrong = replace(right, sampling=replace(STUDY.sampling, prompts=100_000))
+    with pytest.raises(UserError, match="100000 were asked for"):
+        everything(copy, wrong)
+    made = everything(copy, right, stop="train")
+    assert files.read_json(made.folder / "study.json")["study"] == config.to_json(right)
+    refused(copy, "sampling.prompts", study=wrong)  # now it has begun
+
+
 # --- real processes, killed -------------------------------------------------------------------------------------------
 
 FILE = """
@@ -393,7 +535,14 @@ from natfp_jax.config import *
 
 study = from_json(Study, {!r})
 """
-MOMENTS = ["collecting stories", "training the tokenizer", "train 3 arms", "sample (", "likelihood ceiling", "attribute ("]
+# A shell may start its background jobs, and so this test, deaf to Ctrl-C; the console script of a user is not.
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from natfp_jax.cli import main
+main()
+"""
+MOMENTS = ["training the tokenizer", "train 3 arms", "train 3 arms", "sample (", "attribute ("]  # as progress is told
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +557,7 @@ def natfp(tmp_path_factory):
     }
 
     def start(out):
-        command = [Path(sys.executable).with_name("natfp"), "run", folder / "study.py", "--out", out]
+        command = [sys.executable, "-c", PROGRAM, "run", folder / "study.py", "--out", out]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
     return start
@@ -432,20 +581,18 @@ def test_killed_again_and_again_a_study_comes_to_the_same(natfp, tmp_path):
     _, errors = untouched.communicate(timeout=200)
     assert untouched.returncode == 0, errors
 
-    moments, kills = random.Random(0), 0
+    moments, ends = random.Random(0), []
     out = tmp_path / "killed"
-    for moment in MOMENTS:
+    for moment, number in zip(MOMENTS, [signal.SIGKILL, signal.SIGINT, *[signal.SIGKILL] * 3], strict=True):
         process = natfp(out)
-        if moment == "train 3 arms":  # a user's Ctrl-C
-            said, errors = stopped(process, moment, moments.uniform(0, 0.5), signal.SIGINT)
+        said, errors = stopped(process, moment, moments.uniform(0, 0.4), number)
+        ends.append(process.returncode)
+        if number == signal.SIGINT:  # a user's Ctrl-C
             assert process.returncode == 130
             assert said == ""
             assert errors.splitlines()[-1] == "natfp: stopped; the same command goes on from here"
             assert "Traceback" not in errors
-            continue
-        stopped(process, moment, moments.uniform(0, 0.3), signal.SIGKILL)
-        kills += process.returncode == -signal.SIGKILL
-    assert kills >= 3
+    assert ends.count(-signal.SIGKILL) >= 3  # one may have ended first
     last = natfp(out)
     said, errors = last.communicate(timeout=200)
     assert last.returncode == 0, errors
