@@ -70,7 +70,13 @@ class Checkpoints:
         args: dict[str, Any] = {"params": ocp.args.StandardRestore(params)}
         if optimiser is not None:
             args["optimiser"] = ocp.args.StandardRestore(optimiser)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as error:  # Orbax raises whatever it likes over a damaged file
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(
+                f"{self.folder} step {step} cannot be restored ({why}): remove the run's folder and run the same command again"
+            ) from error
         return restored["params"], restored.get("optimiser") if optimiser is not None else None
 
 

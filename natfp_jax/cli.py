@@ -32,6 +32,10 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path, tyro.conf.arg(metavar="DIR", help="where everything is written and found again")]
 _OUT = Path("out")
+_UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
+    *(errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),  # no folder of one's own
+}
 _STOPPED = "natfp: stopped; the same command goes on from here"
 
 
@@ -107,8 +111,12 @@ def status(out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR
 
 def _overrides_last(args: list[str]) -> list[str]:
     """Lets `PATH=VALUE` stand before and after options: the parser wants all positional arguments in one place."""
-    given = [arg for arg in args if "=" in arg and not arg.startswith("-")]
-    return [arg for arg in args if arg not in given] + given
+
+    def given(place: int) -> bool:
+        return "=" in args[place] and not args[place].startswith("-") and args[place - 1] != "--out"
+
+    places = range(len(args))
+    return [*(args[place] for place in places if not given(place)), *(args[place] for place in places if given(place))]
 
 
 @contextlib.contextmanager
@@ -135,7 +143,7 @@ def _ended_by_interrupt() -> Iterator[None]:
 
 def _unwritable(error: Exception) -> str | None:
     """What the system says of a disk that is full or not to be written to; libraries put that into errors of their own."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
     full = os.strerror(errno.ENOSPC)
     return full if full in str(error) or "disk is full" in str(error) else None

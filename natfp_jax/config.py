@@ -152,8 +152,8 @@ class Optimiser(Strict):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Fraction = 0.05  # of the steps
     final: Fraction = 0.1  # the last learning rate as a part of the highest; `constant` ignores it
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.95
     epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1  # on matrices only
     clip: PositiveFloat = 1.0  # global norm of the gradient
@@ -246,18 +246,25 @@ class Sampling(Strict):
     top_p: Annotated[float, pydantic.Field(ge=1e-6, le=1)] = 1.0
     seed: Seed = 0
     batch: Positive = 512  # texts that are drawn together
-    checkpoints: tuple[Fraction, ...] = (1.0,)  # fractions of training at which every arm is drawn
+    checkpoints: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (
+        1.0,
+    )  # fractions of training at which every arm is drawn
 
 
 @dataclass(frozen=True)
 class Attribution(Strict):
     """How texts are attributed."""
 
-    classifiers: tuple[Literal["subwords", "words"], ...] = ("subwords", "words")
+    classifiers: Annotated[tuple[Literal["subwords", "words"], ...], pydantic.Field(min_length=1)] = ("subwords", "words")
     split_seed: Seed = 0
     validation_fraction: OpenFraction = 0.1  # of the prompt documents; the classifier's settings are chosen there
     test_fraction: OpenFraction = 0.4  # of the prompt documents; nothing is chosen there
-    regularisation: tuple[PositiveFloat, ...] = (0.001, 0.01, 0.1, 1.0)  # values of C to choose from
+    regularisation: Annotated[tuple[PositiveFloat, ...], pydantic.Field(min_length=1)] = (
+        0.001,
+        0.01,
+        0.1,
+        1.0,
+    )  # values of C to choose from
     permutations: Annotated[int, pydantic.Field(ge=9_999)] = 9_999
     bootstraps: Annotated[int, pydantic.Field(ge=999)] = 2_000
 

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,8 @@ def prepare(corpus: config.Corpus, root: Path, progress: Progress) -> Store:
     if corpus.tokenizer is not None:
         given = Tokenizer.load(Path(corpus.tokenizer))
         inputs["tokenizer"] = given.sha256
-    fingerprint = config.fingerprint(corpus, inputs)
+    # A given tokenizer is known by its hash, not by where it lies.
+    fingerprint = config.fingerprint(replace(corpus, tokenizer=None), inputs)
     folder = root / "corpora" / fingerprint[:16]
     if not (folder / _META).exists():
         with alone(folder, progress):

@@ -18,7 +18,7 @@ from natfp_jax import rng
 from natfp_jax.config import Model, Perturb
 from natfp_jax.errors import UserError
 
-__all__ = ["Params", "Spec", "abstract", "count", "dims", "flatten", "init", "nest", "perturbed", "table"]
+__all__ = ["Params", "Spec", "abstract", "check_perturb", "count", "dims", "flatten", "init", "nest", "perturbed", "table"]
 
 Params = dict[str, Any]
 
@@ -156,6 +156,15 @@ def init(specs: dict[str, Spec], seed: int, shardings: Params | None = None) -> 
     return nest({path: laid(path, spec) for path, spec in specs.items()})
 
 
+def check_perturb(shapes: dict[str, tuple[int, ...]], perturb: Perturb) -> None:
+    """Raises a UserError if there is no such parameter or index."""
+    if perturb.parameter not in shapes:
+        raise UserError(f"perturb.parameter {perturb.parameter!r} is none of {', '.join(shapes)}")
+    size = math.prod(shapes[perturb.parameter])
+    if perturb.index >= size:
+        raise UserError(f"perturb.index {perturb.index} is outside {perturb.parameter}, which has {size} values")
+
+
 def perturbed(params: Params, perturb: Perturb) -> Params:
     """The twin: one weight moved by `ulps` units in the last place.
 
@@ -163,11 +172,8 @@ def perturbed(params: Params, perturb: Perturb) -> Params:
       UserError: there is no such parameter or index.
     """
     flat = flatten(params)
-    if perturb.parameter not in flat:
-        raise UserError(f"perturb.parameter {perturb.parameter!r} is none of {', '.join(flat)}")
+    check_perturb({path: leaf.shape for path, leaf in flat.items()}, perturb)
     old = flat[perturb.parameter]
-    if perturb.index >= old.size:
-        raise UserError(f"perturb.index {perturb.index} is outside {perturb.parameter}, which has {old.size} values")
     host = np.array(old, np.float32)
     weight = host.reshape(-1)[perturb.index]
     for _ in range(abs(perturb.ulps)):

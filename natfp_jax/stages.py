@@ -6,7 +6,7 @@ inputs is an error that names both sides. Must not know how any stage computes, 
     OUT/data/                    what our TFDS builders prepared
     OUT/corpora/<hash>/          token stores
     OUT/runs/<fingerprint>/      one experiment each, shared by all studies below OUT
-    OUT/studies/<name>/          study.json, arms.json, draws/, likelihoods/, attribution.json, timings.json, report/
+    OUT/studies/<name>/          study.json, arms.json, draws/, attribution.json, timings.json, report/
 """
 
 import time
@@ -34,10 +34,9 @@ from natfp_jax.sample import Strategy, draw, draw_key, pad_prompts
 from natfp_jax.study import Arm, Draw, arms, comparisons, draws
 from natfp_jax.train import check, load_params, train
 
-__all__ = ["STAGES", "Work"]
+__all__ = ["Work"]
 
-STAGES = ("corpus", "train", "sample", "attribute", "report")
-
+_RECIPE = 1  # raised when a change of the code attributes the same texts otherwise
 _SCORE_ROWS = 128  # texts whose likelihood is computed together, about
 
 
@@ -68,6 +67,8 @@ class Work:
                 f"{changed}): give another --out, or another name=... to share its runs"
             )
         with alone(self.folder):
+            for remains in self.folder.rglob(".*.tmp"):  # of a killed process
+                remains.unlink()
             _write_if_new(path, {"fingerprint": mine, "study": config.to_json(self.study)})
             yield
 
@@ -122,6 +123,10 @@ class Work:
             if pool not in pools:
                 pools[pool] = store.windows(data.seq_len, data.windows).sha256()
             found[arm.id] = lineage.identity(arm.experiment, store.sha256, store.tokenizer.sha256, pools[pool])
+        same: dict[str, str] = {}
+        for name, one in found.items():
+            if (other := same.setdefault(one.fingerprint, name)) != name:
+                raise UserError(f"arms {other} and {name} are the same experiment: change the factors so that all arms differ")
         return found
 
     def run_of(self, arm: str) -> RunFolder:
@@ -284,6 +289,7 @@ class Work:
             "fingerprint": self.identities[arm.id].fingerprint,
             "inputs": self._draw_inputs(one),
             "settings": self._settings(),
+            "texts": files.hash_json(continuations),
             "numerics": numerics(self.devices, batch=batch, prompt_slots=width),
         }
         texts.write(self.draw_path(one), columns, record)
@@ -301,8 +307,8 @@ class Work:
         )
         return np.flatnonzero(parts_N == "test")
 
-    def _likelihoods(self, drawn: dict[Draw, Any]) -> dict[tuple[Draw, str], np.ndarray]:
-        """(draw, arm) → log-likelihood of the draw's test texts under the arm at the same fraction of training."""
+    def _likelihoods(self, drawn: dict[Draw, Any]) -> dict[tuple[Draw, str, int], np.ndarray]:
+        """(draw, arm, step) → log-likelihood of the draw's test texts under the arm's checkpoint."""
         test = self._test_rows()
         pairs: dict[tuple[str, int], list[Draw]] = {}  # checkpoint → draws of other arms that it must score
         for comparison in self.comparisons:
@@ -317,8 +323,8 @@ class Work:
         for (name, step), scored in pairs.items():
             for one in [one for one in drawn if one in scored or one.arm == name]:
                 if weights[one.arm, one.step] == weights[name, step]:
-                    found[one, name] = drawn[one]["log_probability"].to_numpy()[test]
-            scored[:] = [one for one in scored if (one, name) not in found]
+                    found[one, name, step] = drawn[one]["log_probability"].to_numpy()[test]
+            scored[:] = [one for one in scored if (one, name, step) not in found]
         total = sum(map(len, pairs.values())) * len(test)
         ways = self.devices.shape["data"] * self.devices.shape["fsdp"]
         prompts = [self.prompt_ids[i] for i in test]
@@ -330,7 +336,7 @@ class Work:
                 params = load_params(self.run_of(name), step, arm.experiment, self.store_of(arm), self.devices)
                 for one in scored:
                     ids = drawn[one]["ids"].to_pylist()
-                    found[one, name] = log_likelihood(
+                    found[one, name, step] = log_likelihood(
                         params,
                         prompts,
                         [ids[i] for i in test],
@@ -349,9 +355,11 @@ class Work:
         if missing := self.missing_draws():
             raise UserError(f"draw {missing[0]} is missing: run `natfp sample` first")
         wanted = draws(self.study)
+        records = {self.draw_path(one).stem: texts.read_record(self.draw_path(one)) for one in wanted}
         inputs = files.hash_json(
             {
-                "draws": {self.draw_path(one).stem: texts.read_record(self.draw_path(one))["inputs"] for one in wanted},
+                "recipe": _RECIPE,
+                "draws": {name: [record["inputs"], record["texts"]] for name, record in records.items()},
                 "settings": config.to_json(self.study.attribution),
             }
         )
@@ -364,7 +372,9 @@ class Work:
             rows = self._attributions(drawn, likelihoods)
             files.write_json(path, {"inputs": inputs, "comparisons": rows})
 
-    def _attributions(self, drawn: dict[Draw, Any], likelihoods: dict[tuple[Draw, str], np.ndarray]) -> list[dict[str, Any]]:
+    def _attributions(
+        self, drawn: dict[Draw, Any], likelihoods: dict[tuple[Draw, str, int], np.ndarray]
+    ) -> list[dict[str, Any]]:
         settings, count, test = self.study.attribution, len(self.prompts), self._test_rows()
         start = {one: place * count for place, one in enumerate(drawn)}
         every_text = [text for table in drawn.values() for text in table["text"].to_pylist()]
@@ -383,7 +393,7 @@ class Work:
                 likelihood_NA = np.full((count * len(sources), len(sources)), np.nan)
                 for block, (_, one) in enumerate(sources):
                     for column, (_, other) in enumerate(sources):
-                        likelihood_NA[block * count + test, column] = likelihoods[one, other.arm]
+                        likelihood_NA[block * count + test, column] = likelihoods[one, other.arm, other.step]
                 bound = attribution.ceiling(likelihood_NA, [label for label, _ in sources], compared, settings)
                 for counted in features:
                     result = attribution.attribute(counted, compared, settings)

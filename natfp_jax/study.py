@@ -69,8 +69,8 @@ def arms(study: Study) -> list[Arm]:
     """The arms; the first is the base arm, of every factor's first level, and a twin comes last.
 
     Raises:
-      UserError: there is no factor, a factor has fewer than two levels or a level twice, its path or type is wrong, or the
-        steps of an arm are not whole.
+      UserError: there is no factor, a factor has fewer than two levels or a level twice, its path or type is wrong, two arms
+        are the same experiment, or the steps of an arm are not whole.
     """
     factors = study.factors
     if not factors:
@@ -81,6 +81,11 @@ def arms(study: Study) -> list[Arm]:
             raise UserError(f"factor {factor.path} has {len(labels)} level(s) {labels}, expected at least two")
         if len(set(labels)) < len(labels):
             raise UserError(f"factor {factor.path} names a level twice: {labels}")
+        if factor.path.startswith("corpus.") and not factor.path.startswith("corpus.source"):
+            raise UserError(
+                f"factor {factor.path}: all arms of a study share the tokenizer and the split of the base corpus; "
+                "of a corpus only corpus.source can be a factor"
+            )
     if len({factor.name for factor in factors}) < len(factors):
         raise UserError(f"two factors share a name: {[factor.path for factor in factors]}")
 
@@ -101,17 +106,22 @@ def arms(study: Study) -> list[Arm]:
             raise UserError("twin.ulps is 0, which moves nothing: give 1 or another whole number")
         first = found[0]
         found.append(Arm(f"{first.id}-twin", first.levels, replace(first.experiment, "perturb", study.twin), twin=True))
+    same: dict[Experiment, str] = {}
     for arm in found:
         _ = arm.experiment.steps  # whole, or an error that says so
+        if (other := same.setdefault(arm.experiment, arm.id)) != arm.id:
+            raise UserError(f"arms {other} and {arm.id} are the same experiment: change the factors so that all arms differ")
     return found
 
 
 def _steps(study: Study, all_arms: list[Arm]) -> list[dict[str, int]]:
     """For each sampled fraction of training: arm → step. Arms may differ in their number of steps."""
-    return [
-        {arm.id: round(fraction * arm.experiment.steps) for arm in all_arms}
-        for fraction in sorted(set(study.sampling.checkpoints))
-    ]
+    found: list[dict[str, int]] = []
+    for fraction in sorted(study.sampling.checkpoints):
+        steps = {arm.id: round(fraction * arm.experiment.steps) for arm in all_arms}
+        if steps not in found:  # near fractions are one step
+            found.append(steps)
+    return found
 
 
 def comparisons(study: Study) -> list[Comparison]:
@@ -149,7 +159,9 @@ def comparisons(study: Study) -> list[Comparison]:
             here.append((f"twin of {base.id}", "twin", {base.id: (draw(base),), twin.id: (draw(twin),)}))
         here.append((f"null of {base.id}", "null", {"draw 0": (draw(base),), "draw 1": (draw(base, 1),)}))
         found += [Comparison(name, factor, step[base.id], classes) for name, factor, classes in here]
-    return found
+    # Arms of fewer steps may have one checkpoint for two near fractions: the same draws are compared once.
+    distinct = {tuple(comparison.classes.items()): comparison for comparison in reversed(found)}
+    return list(reversed(distinct.values()))
 
 
 def draws(study: Study) -> list[Draw]:

@@ -88,7 +88,18 @@ def _program_of(experiment: Experiment, store: Store, devices: jax.sharding.Mesh
 def load_params(run: RunFolder, step: int, experiment: Experiment, store: Store, devices: jax.sharding.Mesh) -> Params:
     """The parameters of `run` at `step`, laid over the mesh."""
     with run.checkpoints() as checkpoints:
-        return checkpoints.restore(step, _program_of(experiment, store, devices).state.params)[0]
+        tree, _ = checkpoints.restore(step, _program_of(experiment, store, devices).state.params)
+        _check_weights(tree, checkpoints.record(step), run)
+    return tree
+
+
+def _check_weights(tree: Params, record: dict[str, Any], run: RunFolder) -> None:
+    """Orbax restores damaged arrays without a word; what was recorded when they were saved tells."""
+    if (got := weight_hash(tree)) != record["weights"]:
+        raise UserError(
+            f"{run.folder} step {record['step']}: the weights have sha256 {got}, expected {record['weights']}: "
+            "the checkpoint is damaged, remove that folder and run the same command again"
+        )
 
 
 def train(
@@ -142,6 +153,7 @@ def train(
         else:
             last = checkpoints.record(start)
             state = State(*checkpoints.restore(start, program.state.params, program.state.optimiser))
+            _check_weights(state.params, last, run)
             fed = last["order_hash"]
         log = MetricsLog(run.folder, -1 if start is None else start, missing[-1], settings.tensorboard)
 
@@ -204,6 +216,8 @@ def check(experiment: Experiment, store: Store, settings: Run, devices: jax.shar
     mesh.check_batch("experiment.data.batch", experiment.data.batch, devices)
     specs = params.table(experiment.model, store.tokenizer.padded_size)
     mesh.check_params(specs, devices)
+    if experiment.perturb is not None:
+        params.check_perturb({path: spec.shape for path, spec in specs.items()}, experiment.perturb)
     _validation(store, experiment, settings)
 
 

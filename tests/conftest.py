@@ -22,6 +22,16 @@ from natfp_jax.train import train
 jax.config.update("jax_legacy_prng_key", "error")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_compilations(tmp_path_factory):
+    """Processes that tests start share what they compile; this one has read its environment already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compilations")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory):
     """360 stories, 66,000 ids of a vocabulary of 300 (384 padded)."""

@@ -45,7 +45,7 @@ def by_hand(tree, prompts, texts, vocabulary, strategy):
 # --- likelihoods ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("vocabulary", "strategy"), [(SMALL, STRATEGIES[0]), (LARGE, STRATEGIES[3])])
+@pytest.mark.parametrize(("vocabulary", "strategy"), [(SMALL, STRATEGIES[0]), (LARGE, STRATEGIES[2])])
 def test_recorded_and_teacher_forced_likelihoods_are_those_of_the_forward_pass(vocabulary, strategy):
     tree, prompts = weights(vocabulary), prompts_of(250, vocabulary)
     found = drawn(tree, draw_key(0, "arm", 1, 0), prompts, vocabulary=vocabulary, strategy=strategy)
@@ -160,8 +160,8 @@ def test_very_different_models_are_told_apart():
 
 
 def test_nulls_of_one_model_are_rejected_as_often_as_the_test_claims():
-    """Eighty pairs of draws of one model under the same prompts: at 5 %, 99.9 of 100 such series have 0 to 12 rejections."""
-    pairs, count = 80, 250
+    """Sixty pairs of draws of one model under the same prompts; all but one of 1,000 such series stay within the bound."""
+    pairs, count = 60, 200
     tree, prompts = weights(SMALL), prompts_of(count, SMALL)
     settings = dataclasses.replace(Attribution(), bootstraps=999, regularisation=(0.1, 1.0))
     found = []

@@ -21,11 +21,11 @@ from natfp_jax.sample import _categorical as categorical
 EOS = 0
 MODEL = Model(width=32, layers=2, heads=2, kv_heads=1)
 SMALL, LARGE = 20, 300  # vocabularies: most of one block of 128 is padding; two blocks and a part of the third are not
-STRATEGIES = [Strategy(), Strategy(0.7, top_k=30), Strategy(top_p=0.8), Strategy(1.3, 40, 0.9)]
+STRATEGIES = [Strategy(), Strategy(0.7, top_k=30), Strategy(1.3, top_p=0.8)]
 PLAIN = STRATEGIES[0]
 
 # Shapes are few, since each is compiled anew: (prompt slots, new tokens, texts of a batch) of each vocabulary.
-SHAPES = {SMALL: (10, 12, 500), LARGE: (10, 4, 2000)}
+SHAPES = {SMALL: (10, 12, 500), LARGE: (10, 3, 2000)}
 
 
 def weights(vocabulary, seed=0, model=MODEL, spread=0.3):
@@ -143,14 +143,13 @@ def test_the_effective_distribution_is_its_definition_ties_included(values, padd
 
 
 def test_what_is_tied_with_the_last_one_kept_is_kept_wherever_it_stands():
-    for width in (128, 384, 1000):
-        z_V = np.full(width, -3.0, np.float32)
-        tied = np.array([0, 3, 9, 64, width - 1])
-        z_V[tied] = 1.1
-        for strategy in (Strategy(top_k=2), Strategy(top_p=0.01), Strategy(0.9, 3, 0.5)):
-            log_p_V = np.asarray(effective(jnp.asarray(z_V), strategy))
-            np.testing.assert_array_equal(np.flatnonzero(np.isfinite(log_p_V)), tied)
-            np.testing.assert_allclose(log_p_V[tied], np.log(1 / 5), rtol=1e-6)
+    z_V = np.full(1000, -3.0, np.float32)  # no multiple of what a processor handles at once
+    tied = np.array([0, 3, 9, 64, 999])
+    z_V[tied] = 1.1
+    for strategy in (Strategy(top_k=2), Strategy(top_p=0.01), Strategy(0.9, 3, 0.5)):
+        log_p_V = np.asarray(effective(jnp.asarray(z_V), strategy))
+        np.testing.assert_array_equal(np.flatnonzero(np.isfinite(log_p_V)), tied)
+        np.testing.assert_allclose(log_p_V[tied], np.log(1 / 5), rtol=1e-6)
 
 
 def test_rows_of_a_batch_have_their_own_distribution():
@@ -178,17 +177,18 @@ def test_a_draw_in_two_steps_has_the_frequencies_of_the_distribution(blocks):
     z_V[-60:] = -np.inf  # padding
     log_p_V = jax.nn.log_softmax(jnp.asarray(z_V, jnp.float32))
     keys = jax.random.split(rng.stream(0, "test", blocks), 30_000)
-    tokens = np.asarray(jax.jit(jax.vmap(categorical, (0, None)))(keys, log_p_V))
+    several = jax.jit(jax.vmap(categorical, (0, None)))
+    tokens = np.asarray(several(keys, log_p_V))
     assert tokens.dtype == np.int32
     assert fits(tokens, np.exp(np.asarray(log_p_V, np.float64))) > 1e-3
     alone = jnp.full(128 * blocks, -jnp.inf).at[-70].set(0.0)
-    assert set(np.asarray(jax.vmap(categorical, (0, None))(keys[:500], alone)).tolist()) == {128 * blocks - 70}
+    assert set(np.asarray(several(keys, alone)).tolist()) == {128 * blocks - 70}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_tokens_have_the_models_frequencies_at_each_place(strategy):
     tree, prompt = weights(LARGE), [EOS, 5, 260, 17]
-    found = drawn(tree, draw_key(0, "arm", 1, 0), [prompt] * 20_000, vocabulary=LARGE, strategy=strategy)
+    found = drawn(tree, draw_key(0, "arm", 1, 0), [prompt] * 16_000, vocabulary=LARGE, strategy=strategy)
     first, second = found.ids_BN[:, :2].T
     p_V = next_p(tree, prompt, LARGE, strategy)
     assert fits(first, p_V) > 1e-3
@@ -322,9 +322,9 @@ def test_prompts_of_equal_text_have_noise_of_their_own():
 
 def test_places_of_a_text_have_noise_of_their_own():
     """Of tokens that a flat distribution gives, any two of a text are equal as often as chance has it."""
-    flat = jax.tree.map(jnp.zeros_like, weights(LARGE))
-    ids = drawn(flat, draw_key(0, "arm", 8, 0), [[EOS]] * 20_000, vocabulary=LARGE).ids_BN
-    whole = ids[(ids != EOS).all(axis=1)]
-    for one, other in itertools.combinations(range(4), 2):
-        equal, chance = (whole[:, one] == whole[:, other]).sum(), 1 / (LARGE - 1)
+    flat = jax.tree.map(jnp.zeros_like, weights(SMALL))
+    ids = drawn(flat, draw_key(0, "arm", 8, 0), [[EOS]] * 10_000, vocabulary=SMALL).ids_BN
+    whole = ids[(ids[:, :5] != EOS).all(axis=1)]
+    for one, other in itertools.combinations(range(5), 2):
+        equal, chance = (whole[:, one] == whole[:, other]).sum(), 1 / (SMALL - 1)
         assert binomtest(int(equal), len(whole), chance).pvalue > 1e-3

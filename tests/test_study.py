@@ -255,6 +255,25 @@ def test_two_factors_of_one_short_name_are_refused():
     refused(Study(name="s", experiment=experiment, factors=factors), "share a name")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"factors": (Factor("optimiser.learning_rate", (1, 1.0)),)},  # two ways to write one level
+        {"factors": (Factor("seeds", ({"init": 0}, {"init": 1})), INIT)},  # one factor undoes the other
+        {"factors": (Factor("perturb", (None, Perturb())),), "twin": Perturb()},
+    ],
+)
+def test_arms_that_are_the_same_experiment_are_refused(fields):
+    """They would share a run and its noise: two draws that are one."""
+    refused(Study(name="s", **fields), "are the same experiment")
+
+
+def test_fractions_of_one_step_are_one_checkpoint():
+    study = Study(name="s", factors=(INIT,), sampling=Sampling(checkpoints=(1.0, 0.5, 0.9999, 0.4999)))
+    assert [c.step for c in comparisons(study)] == [100, 100, 200, 200]
+    assert len(draws(study)) == 2 * 3
+
+
 def test_a_twin_that_moves_nothing_is_refused():
     refused(Study(name="s", factors=(INIT,), twin=Perturb(ulps=0)), "twin.ulps is 0")
 
@@ -266,3 +285,22 @@ def test_a_study_says_what_it_cannot_show():
     assert "init has 2 levels" in without
     whole = Study(name="s", factors=(Factor("seeds.init", tuple(range(5))), Factor("corpus.source.seed", tuple(range(5)))))
     assert [said for said in lacking(whole) if "twin" not in said] == []
+
+
+def test_near_fractions_of_few_steps_are_compared_once():
+    """Steps 0 and 0, 2 and 4, of arms with 400 and 50 steps: a draw meets two checkpoints of the other arm."""
+    study = Study(
+        name="batches",
+        experiment=Experiment(data=Data(windows=12_800)),
+        factors=(Factor("data.batch", (256, 32)),),
+        sampling=Sampling(checkpoints=(0.005, 0.01, 1.0)),
+    )
+    found = comparisons(study)
+    assert len({tuple(comparison.draws) for comparison in found}) == len(found)
+    assert {comparison.factor for comparison in found} == {"batch", "null"}
+
+
+@pytest.mark.parametrize("path", ["corpus.vocabulary", "corpus.prompt_fraction", "corpus.tokenizer_bytes"])
+def test_what_all_arms_share_is_no_factor(path):
+    with pytest.raises(UserError, match=r"only corpus\.source can be a factor"):
+        arms(Study(name="shared", factors=(Factor(path, (512, 1024)),)))

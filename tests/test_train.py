@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 
 import jax
@@ -310,3 +311,26 @@ def test_the_trainer_approaches_the_exact_likelihood_of_held_out_stories(learner
     assert start.mean() == pytest.approx(nothing.mean(), rel=0.05)
     assert learnt.mean() > -3 * error
     assert learnt.mean() < 30 < by_pairs.mean() / 2
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
+def test_damaged_weights_are_neither_used_nor_trained_on(tiny, tiny_run, tiny_store, train_arm, one_device, tmp_path, place):
+    shutil.copytree(tiny_run.folder, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    arrays = max((tmp_path / "run" / "checkpoints" / "8" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(arrays.read_bytes())
+    data[int(place * len(data))] ^= 1
+    arrays.write_bytes(data)
+    said = refused(load_params, run, 8, tiny, tiny_store, one_device)
+    assert "the checkpoint is damaged" in said or "cannot be restored" in said
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "16")  # so that training has to go on from step 8
+    said = refused(train_arm, tiny, tmp_path / "run", checkpoints=(0.25, 0.5))
+    assert "the checkpoint is damaged" in said or "cannot be restored" in said
+
+
+def test_a_twin_of_nothing_is_refused_before_anything_is_trained(tiny, train_arm, tmp_path):
+    assert "is none of" in refused(train_arm, replace(tiny, "perturb", config.Perturb("no/such")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
