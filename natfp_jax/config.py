@@ -221,7 +221,7 @@ class Mesh(Strict):
 
 @dataclass(frozen=True)
 class Run(Strict):
-    """Where and how experiments execute; nothing here changes what is computed, and nothing here is in the fingerprint."""
+    """Where and how experiments execute; nothing here decides weights or texts, and nothing here is in the fingerprint."""
 
     mesh: Mesh = Mesh()
     checkpoints: tuple[Fraction, ...] = ()  # fractions of training to keep, besides the start and the end

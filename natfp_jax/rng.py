@@ -1,7 +1,8 @@
 """Named key streams.
 
-The only file that creates keys and generators. A stream is named, so that equal integers in two streams never alias, and
-addressed by what it is for (a path, a layer, a prompt), never by the order of calls. Must not know what is drawn.
+The only file that creates keys and generators (the order of windows is a keyed permutation and needs neither). A stream is
+named, so that equal integers in two streams never alias, and addressed by what it is for (a path, a layer, a prompt), never by
+the order of calls. Must not know what is drawn.
 """
 
 import hashlib
