@@ -116,12 +116,10 @@ def arms(study: Study) -> list[Arm]:
 
 def _steps(study: Study, all_arms: list[Arm]) -> list[dict[str, int]]:
     """For each sampled fraction of training: arm → step. Arms may differ in their number of steps."""
-    found: list[dict[str, int]] = []
-    for fraction in sorted(study.sampling.checkpoints):
-        steps = {arm.id: round(fraction * arm.experiment.steps) for arm in all_arms}
-        if steps not in found:  # near fractions are one step
-            found.append(steps)
-    return found
+    return [
+        {arm.id: round(fraction * arm.experiment.steps) for arm in all_arms}
+        for fraction in sorted(set(study.sampling.checkpoints))
+    ]
 
 
 def comparisons(study: Study) -> list[Comparison]:

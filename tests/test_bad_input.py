@@ -252,6 +252,28 @@ def test_a_real_disk_that_is_full(study, tmp_path):
             subprocess.run(["umount", small], check=True)
 
 
+SWALLOWED = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start its background jobs deaf to Ctrl-C
+from natfp_jax import cli
+def work(*_):
+    try:  # as in a callback of a library
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(9)
+    except KeyboardInterrupt:
+        print("ignored")
+cli._perform = work
+sys.argv = ["natfp", "run", "study.py"]
+cli.main()
+"""
+
+
+def test_an_interrupt_that_a_library_would_swallow_ends_the_process():
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert (done.stdout, done.stderr) == ("", "natfp: stopped; the same command goes on from here\n")
+
+
 def test_a_study_that_is_missing(tmp_path):
     done = natfp("run", tmp_path / "none.py", "--out", tmp_path / "out")
     assert (done.returncode, done.stdout) == (2, "")

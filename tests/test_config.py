@@ -186,7 +186,13 @@ EXPERIMENTS = st.builds(
         init_scale=RATES,
     ),
     data=st.builds(Data, windows=SIZES, epochs=SIZES, batch=SIZES),
-    optimiser=st.builds(Optimiser, learning_rate=RATES, warmup=FRACTIONS, beta2=FRACTIONS, weight_decay=st.just(0.0) | RATES),
+    optimiser=st.builds(
+        Optimiser,
+        learning_rate=RATES,
+        warmup=FRACTIONS,
+        beta2=st.floats(0, 1, exclude_max=True),
+        weight_decay=st.just(0.0) | RATES,
+    ),
     seeds=st.builds(Seeds, init=SEEDS, order=SEEDS),
     perturb=st.none() | st.builds(Perturb, parameter=st.text(), index=SIZES, ulps=st.integers(-9, 9)),
 )
@@ -199,7 +205,7 @@ STUDIES = st.builds(
     design=st.sampled_from(["crossed", "one_at_a_time"]),
     run=st.builds(Run, mesh=st.builds(Mesh, data=st.integers(0, 9)), checkpoints=st.lists(FRACTIONS, max_size=3).map(tuple)),
     sampling=st.builds(Sampling, top_k=st.none() | SIZES),
-    attribution=st.builds(Attribution, classifiers=st.sampled_from([("words",), ("subwords", "words"), ()])),
+    attribution=st.builds(Attribution, classifiers=st.sampled_from([("words",), ("subwords", "words"), ("subwords",)])),
 )
 
 

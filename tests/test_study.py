@@ -268,12 +268,6 @@ def test_arms_that_are_the_same_experiment_are_refused(fields):
     refused(Study(name="s", **fields), "are the same experiment")
 
 
-def test_fractions_of_one_step_are_one_checkpoint():
-    study = Study(name="s", factors=(INIT,), sampling=Sampling(checkpoints=(1.0, 0.5, 0.9999, 0.4999)))
-    assert [c.step for c in comparisons(study)] == [100, 100, 200, 200]
-    assert len(draws(study)) == 2 * 3
-
-
 def test_a_twin_that_moves_nothing_is_refused():
     refused(Study(name="s", factors=(INIT,), twin=Perturb(ulps=0)), "twin.ulps is 0")
 
