@@ -75,7 +75,7 @@ def run(study: StudyFile, overrides: Overrides = (), /, out: Out = _OUT) -> None
     The stages are corpus, train, sample, attribute and report. A study that was stopped at any moment goes on with the same
     command; one that is complete prints its table within seconds.
 
-    Example: natfp run configs/quickstart.py --out out experiment.seeds.init=7
+    Example: natfp run configs/quickstart.py --out out name=wider experiment.model.width=256
     """
     _perform(study, overrides, out, "train", "sample", "attribute")
 

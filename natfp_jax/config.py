@@ -332,7 +332,7 @@ def override(config: Config, assignment: str) -> Config:
     """Applies one `path=value` of the command line, the value read by the field's type (JSON for tuples and nulls)."""
     path, equals, text = assignment.partition("=")
     if not equals or not path:
-        raise UserError(f"override {assignment!r} is not of the form path=value, such as experiment.seeds.init=3")
+        raise UserError(f"override {assignment!r} is not of the form path=value, such as experiment.model.width=256")
 
     def read(annotation: Any) -> Any:
         try:
