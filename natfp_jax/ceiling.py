@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natfp_jax import mesh
+from natfp_jax import mesh, processes
 from natfp_jax.config import Model
 from natfp_jax.model import head, hidden, logits
 from natfp_jax.params import Params
@@ -55,7 +55,7 @@ def log_likelihood(
       batch: texts that are scored together.
     """
     width, new = max(map(len, prompts)), max(map(len, continuations))
-    rows = mesh.batch_sharding(devices)
+    rows = mesh.text_sharding(devices)
     out = np.empty(len(prompts), np.float32)
     for first in range(0, len(prompts), batch):
         some = range(first, min(first + batch, len(prompts)))
@@ -63,7 +63,7 @@ def log_likelihood(
         tokens_BT, _ = pad_prompts([prompts[i] + continuations[i] for i in filled], 0, width + new)
         ids_BN, length_B = pad_prompts([continuations[i] for i in filled], 0, new)
         prompt_B = np.array([len(prompts[i]) for i in filled], np.int32)
-        arrays = jax.device_put((tokens_BT, prompt_B, ids_BN, length_B), rows)
+        arrays = mesh.lay((tokens_BT, prompt_B, ids_BN, length_B), rows)
         scores = _score(params, *arrays, model=model, strategy=strategy, vocabulary=vocabulary)
-        out[first : first + len(some)] = np.asarray(scores)[: len(some)]
+        out[first : first + len(some)] = processes.gathered(scores)[: len(some)]
     return out

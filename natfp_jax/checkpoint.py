@@ -1,85 +1,190 @@
-"""Checkpoints: Orbax behind one small face.
+"""Checkpoints: Orbax behind one small face, and the manifests that make them tell the truth.
 
-Owns how a training state and its record lie on disk, and that a checkpoint is whole or absent. Must not know what is in a
-state, nor when one is taken.
+Owns how a training state and its record lie on disk. A step is whole once its manifest is there: sha256 over every file of
+it, written after Orbax has committed, checked before anything is restored. Orbax alone restores flipped bits without a word.
+Must not know what is in a state, nor when one is taken.
+
+    <folder>/<step>/params/, optimiser/     Orbax's
+    <folder>/<step>/manifest.json           the record of the step, and the hash of every file
 """
 
+import contextlib
+import errno
 import logging
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import orbax.checkpoint as ocp
 
-from natfp_jax.errors import UserError
+from natfp_jax import files, processes
+from natfp_jax.errors import Damaged, UserError
+from natfp_jax.files import MANIFEST
 
-__all__ = ["Checkpoints", "with_shardings"]
+__all__ = ["Checkpoints", "record", "restore", "steps", "verify", "with_shardings"]
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of a save as news
 
+_ITEMS = ("params", "optimiser")
 
-class Checkpoints:
-    """The kept checkpoints of one run, by step. A context manager.
 
-    Each holds `params`, `optimiser` (what a restart needs besides) and `record`, a JSON object that commits together with
-    the weights that it describes.
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that are whole, ascending.
+
+    Raises:
+      Damaged: a step has no manifest.
     """
+    if not folder.is_dir():
+        return []
+    found = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    for step in found:
+        if not (folder / str(step) / MANIFEST).exists():
+            raise Damaged(folder / str(step), f"has no {MANIFEST}: the process was stopped while it saved this step")
+    return found
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
-            item_names=("params", "optimiser", "record"),
-        )
 
-    def __enter__(self) -> Self:
-        return self
+def record(folder: Path, step: int) -> dict[str, Any]:
+    """The record of a step.
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._manager.close()
+    Raises:
+      Damaged: its manifest is not what was written, or is of another step.
+    """
+    found: dict[str, Any] = _manifest(folder, step)["record"]
+    return found
 
-    def steps(self) -> list[int]:
-        """The steps that are whole, ascending."""
-        return sorted(self._manager.all_steps())
 
-    def save(self, step: int, params: Any, optimiser: Any, record: dict[str, Any]) -> None:
-        """Saves one step; returns when it is committed."""
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            optimiser=ocp.args.StandardSave(optimiser),
-            record=ocp.args.JsonSave(record),
-        )
-        self._manager.save(step, args=args, force=True)  # forced: a later study may ask for an earlier step
+def _manifest(folder: Path, step: int) -> dict[str, Any]:
+    place = folder / str(step)
+    try:
+        listed = files.read_remade(place / MANIFEST)
+    except Damaged as damage:
+        raise Damaged(place, f"is damaged: its {MANIFEST} {damage.why}") from None
+    if listed["record"]["step"] != step:
+        raise Damaged(place, f"holds step {listed['record']['step']}")
+    return listed
 
-    def record(self, step: int) -> dict[str, Any]:
-        """The record of a step."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-        record: dict[str, Any] = restored["record"]
-        return record
 
-    def restore(self, step: int, params: Any, optimiser: Any = None) -> tuple[Any, Any]:
-        """The parameters, and the optimiser state if asked for, of the given shapes and shardings.
+def verify(folder: Path, step: int, item: Literal["params"] | None = None) -> None:
+    """Checks every file of a step, or of one item of it, against its manifest.
 
-        Raises:
-          UserError: there is no such step.
-        """
-        if step not in self.steps():
-            raise UserError(f"{self.folder} has no checkpoint at step {step}, only {self.steps()}: train it first")
-        args: dict[str, Any] = {"params": ocp.args.StandardRestore(params)}
-        if optimiser is not None:
-            args["optimiser"] = ocp.args.StandardRestore(optimiser)
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except Exception as error:  # Orbax raises whatever it likes over a damaged file
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise UserError(
-                f"{self.folder} step {step} cannot be restored ({why}): remove the run's folder and run the same command again"
-            ) from error
-        return restored["params"], restored.get("optimiser") if optimiser is not None else None
+    Raises:
+      Damaged: one is not what was written.
+    """
+    listed = _manifest(folder, step)["files"]
+    some = {name: entry for name, entry in listed.items() if item is None or name.startswith(f"{item}/")}
+    files.verify(folder / str(step), some, whole=item is None)
+
+
+def restore(folder: Path, step: int, params: Any, optimiser: Any = None) -> tuple[Any, Any]:
+    """The parameters, and the optimiser state if asked for, of the given shapes and shardings; `verify` comes before it.
+
+    Raises:
+      UserError: there is no such step.
+      Damaged: Orbax cannot read it.
+    """
+    if not (folder / str(step) / MANIFEST).exists():
+        raise UserError(f"{folder} has no checkpoint at step {step}, only {steps(folder)}: train it first")
+
+    def item(name: str, like: Any) -> Any:
+        with ocp.StandardCheckpointer() as reader:
+            return reader.restore((folder / str(step) / name).absolute(), like)
+
+    try:
+        return item("params", params), None if optimiser is None else item("optimiser", optimiser)
+    except jax.errors.JaxRuntimeError:
+        raise  # of another process
+    except Exception as error:  # Orbax raises whatever it likes over a damaged file
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise Damaged(folder / str(step), f"cannot be restored ({why})") from error
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
     """Shapes and dtypes together with where each array is to lie."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Writes the checkpoints of one folder. A context manager; with many processes, used by all of them alike.
+
+    Saving goes on beside training: `save` returns once the state is copied, `settle` seals what is on disk.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
+        """`keep`: how many steps stay; older ones are removed. None: all."""
+        self.folder, self._keep = folder, keep
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=True),
+            item_names=_ITEMS,
+        )
+        self._hashing = ThreadPoolExecutor(1)
+        self._saving: tuple[int, dict[str, Any]] | None = None
+        self._sealing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            # After an error of ours too, so that what was saved before it counts; not where another process may be gone.
+            if kind is None or (issubclass(kind, Exception) and not issubclass(kind, jax.errors.JaxRuntimeError)):
+                with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
+                    self.settle(wait=True)
+                    self._manager.close()
+        finally:
+            self._hashing.shutdown()
+
+    def save(self, step: int, params: Any, optimiser: Any, record: dict[str, Any]) -> None:
+        """Saves one step, beside what follows.
+
+        Raises:
+          OSError: there is no room for it. What went before is as it was.
+        """
+        self.settle(wait=True)
+        self._check_room((params, optimiser))
+        args = {"params": ocp.args.StandardSave(params), "optimiser": ocp.args.StandardSave(optimiser)}
+        self._manager.save(step, args=ocp.args.Composite(**args), force=True)  # forced: an earlier step may be asked for later
+        self._saving = step, record
+
+    def _check_room(self, state: Any) -> None:
+        """Orbax would find it out in the middle, and say so in many threads at once."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.folder).free < needed:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: a checkpoint takes {needed} bytes", str(self.folder))
+
+    def settle(self, wait: bool = False) -> None:
+        """Seals the step that was saved last, if it is committed; with `wait`, returns once it is."""
+        if self._saving is not None:
+            if wait:
+                self._manager.wait_until_finished()
+            if self._manager.is_saving_in_progress():
+                return
+            self._manager.check_for_errors()
+            step, record = self._saving
+            self._saving = None
+            if processes.first():
+                self._sealing = self._hashing.submit(self._seal, step, record)
+        if self._sealing is not None and (wait or self._sealing.done()):
+            self._sealing.result()
+            self._sealing = None
+        if wait:
+            processes.barrier()
+
+    def _seal(self, step: int, record: dict[str, Any]) -> None:
+        place = self.folder / str(step)
+        files.write_json(place / MANIFEST, {"record": record, "files": files.manifest(place)})
+        if self._keep is not None:
+            for old in steps(self.folder)[: -self._keep]:
+                removed = (self.folder / str(old)).rename(self.folder / f".{old}.removed")
+                shutil.rmtree(removed)  # never half of a step under its own name

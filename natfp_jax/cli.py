@@ -1,24 +1,30 @@
 """The `natfp` verbs.
 
-Owns the command line and exit codes: 0, or 2 with one line for a user's mistake. Thin: heavy imports happen inside the
-verbs, and nothing is computed here.
+Owns the command line and exit codes: 0; 1 where an audit finds something false; 2 with one line for a user's mistake; 75 with
+one line where the work was stopped, by a signal or with another process, and the same command goes on. Thin: heavy imports
+happen inside the verbs, and nothing is computed here.
 """
 
 import contextlib
 import errno
+import importlib.util
 import os
-import signal
 import sys
+import traceback
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from natfp_jax.config import Study, load_study, override
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Damaged, Stopped, UserError
+from natfp_jax.files import set_aside, write_json
+from natfp_jax.launcher import detect
 from natfp_jax.progress import Progress
+from natfp_jax.stopping import STOPPED, Stop
 
 __all__ = ["main"]
 
@@ -30,46 +36,125 @@ Overrides = Annotated[
         help="set any field of the study by its path, such as experiment.model.width=256 or sampling.checkpoints=[0.1,1]",
     ),
 ]
-Out = Annotated[Path, tyro.conf.arg(metavar="DIR", help="where everything is written and found again")]
 _OUT = Path("out")
+FALSE = 1  # exit code: an audit found something that is not so
 _UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
     *(errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),  # no folder of one's own
 }
-_STOPPED = "natfp: stopped; the same command goes on from here"
 
 
-def _perform(study: Path, overrides: tuple[str, ...], out: Path, *stages: str) -> None:
+@dataclass(frozen=True)
+class How:
+    """Where a study is carried out, and by which processes."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = _OUT
+    """Where everything is written and found again."""
+    strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Refuse damaged files instead of setting them aside and making them again."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """The first of many processes. SLURM, Open MPI, Kubernetes, TPU slices and SkyPilot need none of these three."""
+    processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """How many processes there are; 1: this one works alone, whatever the environment says."""
+    process: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+    """Which one this is, from 0."""
+
+
+Options = Annotated[How, tyro.conf.arg(name="")]
+
+
+def _on_tpu_vm() -> bool:
+    """Whether this is a host of a TPU slice: JAX then asks the cloud how many there are."""
+    devices = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return devices and importlib.util.find_spec("libtpu") is not None
+
+
+def _perform(study: Path, overrides: tuple[str, ...], how: How, *stages: str) -> None:
     configured: Study = load_study(study)
     for assignment in overrides:
         configured = override(configured, assignment)
+    launch = detect(os.environ, how.coordinator, how.processes, how.process, tpu_vm=_on_tpu_vm())
+    stop = Stop()
+    with stop.installed():
+        from natfp_jax import processes
 
-    from natfp_jax.findings import table, verdicts
+        processes.start(launch, configured.run.heartbeat_seconds)
+        with _together(configured.run.heartbeat_seconds) as printed:
+            summary = _stages(configured, how, stages, stop)
+            if summary is not None and processes.first():
+                _show(summary, how.out / "studies" / configured.name / "report" / "report.md", printed)
+
+
+def _stages(study: Study, how: How, stages: tuple[str, ...], stop: Stop) -> dict[str, Any] | None:
+    """Does the stages; a damaged file is told of, set aside and made again, unless the user is strict."""
+    from natfp_jax import processes
     from natfp_jax.report import report
     from natfp_jax.stages import Work
 
-    with Progress() as progress:
-        work = Work(configured, out, progress)
-        with work.claimed():
-            work.corpus()
-            for stage in stages:
-                getattr(work, stage)()
-            summary = report(work) if "attribute" in stages or not stages else None
-    if summary is not None:
-        console = _console()
-        console.print(table(summary))
-        for line in verdicts(summary):
-            console.print(f"- {line}", highlight=False)
-        console.print(f"report: {work.folder / 'report' / 'report.md'}", highlight=False, soft_wrap=True)
+    with Progress(quiet=not processes.first()) as progress:
+        while True:
+            work, summaries = Work(study, how.out, progress, stop), list[dict[str, Any]]()
+            try:
+                with work.claimed():
+                    work.corpus()
+                    for stage in stages:
+                        getattr(work, stage)()
+                    if "attribute" in stages or not stages:
+                        processes.led(lambda work=work, found=summaries: found.append(report(work)))  # type: ignore[misc]
+                return summaries[0] if summaries else None
+            except Damaged as damage:
+                if how.strict:
+                    raise UserError(f"{damage}: remove it, or run the same command without --strict") from None
+                if processes.many() and not damage.agreed:  # the others may not know of it
+                    raise UserError(f"{damage}: remove it and run the same command again") from None
+                aside = processes.led(lambda damage=damage: str(set_aside(damage.path)))  # type: ignore[misc]
+                progress.say(f"{damage}: set aside as {aside}, going on from what is whole")
 
 
-def _console() -> Console:
+@contextlib.contextmanager
+def _together(heartbeat_seconds: int) -> Iterator[IO[str]]:
+    """Watches the other processes, if any; yields what to print results to.
+
+    Libraries print to standard output while processes meet, in the middle of lines: it leads to standard error meanwhile.
+    """
+    from natfp_jax import processes
+
+    if not processes.many():
+        yield sys.stdout
+        return
+    import jax
+
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as printed:
+        os.dup2(2, 1)
+        try:
+            with processes.watched(heartbeat_seconds):
+                yield printed
+            os.dup2(printed.fileno(), 1)
+        except jax.errors.JaxRuntimeError as error:
+            processes.lost(" ".join(str(error).split())[:200])
+        except BaseException as error:
+            agreed = isinstance(error, Stopped) or (isinstance(error, UserError) and error.agreed)
+            processes.leave(_told(error, quiet=agreed and not processes.first()), agreed)
+
+
+def _show(summary: dict[str, Any], page: Path, printed: IO[str]) -> None:
+    from natfp_jax.findings import table, verdicts
+
+    console = _console(printed)
+    console.print(table(summary))
+    for line in verdicts(summary):
+        console.print(f"- {line}", highlight=False)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def _console(file: IO[str] | None = None) -> Console:
     """Standard output; 100 columns, which the tables need, where it is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=100)
+    console = Console(file=file)
+    return console if console.is_terminal else Console(file=file, width=100)
 
 
-def run(study: StudyFile, overrides: Overrides = (), /, out: Out = _OUT) -> None:
+def run(study: StudyFile, overrides: Overrides = (), /, how: Options = How()) -> None:
     """Does every stage of a study that is not done yet, and prints its table.
 
     The stages are corpus, train, sample, attribute and report. A study that was stopped at any moment goes on with the same
@@ -77,27 +162,27 @@ def run(study: StudyFile, overrides: Overrides = (), /, out: Out = _OUT) -> None
 
     Example: natfp run configs/quickstart.py --out out name=wider experiment.model.width=256
     """
-    _perform(study, overrides, out, "train", "sample", "attribute")
+    _perform(study, overrides, how, "train", "sample", "attribute")
 
 
-def train(study: StudyFile, overrides: Overrides = (), /, out: Out = _OUT) -> None:
+def train(study: StudyFile, overrides: Overrides = (), /, how: Options = How()) -> None:
     """Prepares the corpus and trains the arms that lack a checkpoint."""
-    _perform(study, overrides, out, "train")
+    _perform(study, overrides, how, "train")
 
 
-def sample(study: StudyFile, overrides: Overrides = (), /, out: Out = _OUT) -> None:
+def sample(study: StudyFile, overrides: Overrides = (), /, how: Options = How()) -> None:
     """Draws the texts that are missing from the trained arms."""
-    _perform(study, overrides, out, "sample")
+    _perform(study, overrides, how, "sample")
 
 
-def attribute(study: StudyFile, overrides: Overrides = (), /, out: Out = _OUT) -> None:
+def attribute(study: StudyFile, overrides: Overrides = (), /, how: Options = How()) -> None:
     """Trains classifiers to name the source of each text, beside the likelihood ceiling."""
-    _perform(study, overrides, out, "attribute")
+    _perform(study, overrides, how, "attribute")
 
 
-def report(study: StudyFile, overrides: Overrides = (), /, out: Out = _OUT) -> None:
+def report(study: StudyFile, overrides: Overrides = (), /, how: Options = How()) -> None:
     """Writes report/summary.json, report/report.md and its figures, and prints the table."""
-    _perform(study, overrides, out)
+    _perform(study, overrides, how)
 
 
 def status(out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")] = _OUT, /) -> None:
@@ -107,6 +192,38 @@ def status(out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR
     console = _console()
     for one in tables(out):
         console.print(one)
+
+
+def audit(
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")] = _OUT,
+    /,
+    replay: Annotated[int, tyro.conf.arg(metavar="K")] = 8,
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+) -> None:
+    """Recomputes what the runs and studies in an output folder claim: proven, only recorded, or false.
+
+    Init hashes from the seeds, the order of windows, the first steps of training where this machine is the one that trained,
+    the descent of every checkpoint from step 0, and every file's own hash. Ends with 1 if a claim is false.
+
+    Args:
+      replay: how many first steps are trained again; as many as a run has prove all of it.
+      json: where the claims are written too.
+    """
+    if replay < 0:
+        raise UserError(f"--replay {replay}: give a number of steps, 0 or more")
+
+    from natfp_jax import processes
+    from natfp_jax.audit import audit as claims_of
+    from natfp_jax.audit import table
+
+    processes.start(None, Study(name="audit").run.heartbeat_seconds)
+    with Progress() as progress:
+        claims = claims_of(out, progress, replay)
+    _console().print(table(claims))
+    if json is not None:
+        write_json(json, {"folder": str(out), "replay": replay, "claims": [asdict(claim) for claim in claims]})
+    if any(claim.verdict == "false" for claim in claims):
+        sys.exit(FALSE)
 
 
 def _overrides_last(args: list[str]) -> list[str]:
@@ -119,29 +236,7 @@ def _overrides_last(args: list[str]) -> list[str]:
     return [*(args[place] for place in places if not given(place)), *(args[place] for place in places if given(place))]
 
 
-@contextlib.contextmanager
-def _ended_by_interrupt() -> Iterator[None]:
-    """Ends the process at Ctrl-C, at once: every file is whole or absent at any moment.
-
-    The usual exception is lost where it is raised inside a callback of JAX, and becomes a traceback in threads of Orbax.
-    """
-
-    def end(*_: object) -> None:
-        cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # a bar of progress hides it
-        os.write(2, f"{cursor}{_STOPPED}\n".encode())
-        os._exit(130)
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else the caller has its own way with it
-        signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, before)
-
-
-def _unwritable(error: Exception) -> str | None:
+def _unwritable(error: BaseException) -> str | None:
     """What the system says of a disk that is full or not to be written to; libraries put that into errors of their own."""
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
@@ -149,27 +244,35 @@ def _unwritable(error: Exception) -> str | None:
     return full if full in str(error) or "disk is full" in str(error) else None
 
 
+def _told(error: BaseException, quiet: bool = False) -> int:
+    """Says what ended the command, in one line where it is no defect of the program; its exit code."""
+    if isinstance(error, UserError | Stopped):
+        line = str(error)
+    elif (said := _unwritable(error)) is not None:
+        line = f"{said}: make room or give another --out, then run the same command again"
+    else:
+        traceback.print_exception(error)
+        return 1
+    if not quiet:
+        print(f"natfp: {line}", file=sys.stderr, flush=True)
+    return STOPPED if isinstance(error, Stopped) else 2
+
+
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    verbs = {verb.__name__: verb for verb in (run, train, sample, attribute, report, status)}
+    verbs = {verb.__name__: verb for verb in (run, train, sample, attribute, report, status, audit)}
     try:
-        with _ended_by_interrupt():
-            tyro.extras.subcommand_cli_from_dict(
-                verbs,
-                prog="natfp",
-                args=_overrides_last(sys.argv[1:]),
-                description="natfp: what makes a language model recognisable by its text when nothing but X changed?",
-                use_underscores=True,
-            )
-    except UserError as error:
-        print(f"natfp: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(_STOPPED, file=sys.stderr)
-        sys.exit(130)
+        tyro.extras.subcommand_cli_from_dict(
+            verbs,
+            prog="natfp",
+            args=_overrides_last(sys.argv[1:]),
+            description="natfp: what makes a language model recognisable by its text when nothing but X changed?",
+            use_underscores=True,
+        )
+    except (UserError, Stopped) as error:
+        sys.exit(_told(error))
     except Exception as error:
-        if (said := _unwritable(error)) is None:
+        if _unwritable(error) is None:
             raise
-        print(f"natfp: {said}: make room or give another --out, then run the same command again", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_told(error))

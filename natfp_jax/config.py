@@ -157,6 +157,7 @@ class Optimiser(Strict):
     epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1  # on matrices only
     clip: PositiveFloat = 1.0  # global norm of the gradient
+    nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number: end the run, or leave the step out
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,13 @@ class Experiment(Strict):
 
 @dataclass(frozen=True)
 class Mesh(Strict):
-    """Devices along each axis; `data` = 0 takes what the other axes leave."""
+    """Devices along each axis; `data` = 0 takes what the other axes leave.
 
+    `replica` holds whole copies of a model: texts are drawn and scored in parts over it, one arm's training is the same on all
+    of it.
+    """
+
+    replica: Positive = 1
     data: Annotated[int, pydantic.Field(ge=0)] = 0
     fsdp: Positive = 1
     tensor: Positive = 1
@@ -224,6 +230,11 @@ class Run(Strict):
     """Where and how experiments execute; nothing here decides weights or texts, and nothing here is in the fingerprint."""
 
     mesh: Mesh = Mesh()
+    microbatches: Positive = 1  # parts of a batch whose gradients are added up one after another, for less memory
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again: all but products, or all
+    save_minutes: PositiveFloat = 10.0  # between two restart states, which a killed run goes on from
+    restarts: Positive = 2  # restart states that stay until the run is finished
+    heartbeat_seconds: Annotated[int, pydantic.Field(ge=5)] = 100  # after which a process that does not answer is lost
     checkpoints: tuple[Fraction, ...] = ()  # fractions of training to keep, besides the start and the end
     log_every: Positive = 20  # steps
     validation_windows: Positive = 512  # at most; of the validation documents, evaluated at each kept checkpoint

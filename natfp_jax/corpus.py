@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 
 from natfp_jax import config, documents
-from natfp_jax.errors import UserError
-from natfp_jax.files import canonical_json, read_json, write_json
+from natfp_jax.errors import Damaged, UserError
+from natfp_jax.files import canonical_json, manifest, read_remade, verify, write_json
 from natfp_jax.ingest import PROMPTS, VALIDATION, forget, ingest, shard_names, token_dtype, training_sample
 from natfp_jax.lock import alone
 from natfp_jax.progress import Progress
 from natfp_jax.tokenizer import Tokenizer
 from natfp_jax.windows import Windows, open_ids
 
-__all__ = ["Prompt", "Store", "Windows", "prepare"]
+__all__ = ["Prompt", "Store", "Windows", "opened", "prepare"]
 
-_SCHEMA = 1  # of the folder; a change makes new folders
+_SCHEMA = 2  # of the folder; a change makes new folders
 _META, _TOKENIZER = "meta.json", "tokenizer.json"
 
 
@@ -51,7 +51,11 @@ class Store:
     @property
     def sha256(self) -> str:
         """The corpus's identity: sha256 over all training ids in store order."""
-        return str(self.meta["sha256"])
+        return str(self.meta["ids_sha256"])
+
+    def recomputed(self) -> str:
+        """The same, from the files."""
+        return _sha256(self.folder / name for name in shard_names(self.meta["corpus"]["shards"]))
 
     @property
     def tokens(self) -> int:
@@ -131,7 +135,8 @@ def prepare(corpus: config.Corpus, root: Path, progress: Progress) -> Store:
     """Opens the store of `corpus` below `root`, after writing it or what is missing of it.
 
     Raises:
-      UserError: the source, the tokenizer or the store is broken or contradicts the configuration.
+      UserError: the source or the tokenizer is broken, or the store contradicts the configuration.
+      Damaged: a file of the store is not what was written.
     """
     if corpus.validation_fraction + corpus.prompt_fraction >= 1:
         raise UserError(
@@ -148,7 +153,7 @@ def prepare(corpus: config.Corpus, root: Path, progress: Progress) -> Store:
     fingerprint = config.fingerprint(replace(corpus, tokenizer=None), inputs)
     folder = root / "corpora" / fingerprint[:16]
     if not (folder / _META).exists():
-        with alone(folder, progress):
+        with alone(folder, progress, wait=True):
             if not (folder / _META).exists():
                 _write(corpus, source, given, fingerprint, folder, progress)
     return _open(corpus, fingerprint, folder)
@@ -171,30 +176,28 @@ def _write(
         raise UserError(f"the corpus is too small: none of its {counts['read']} documents is for training; add documents")
     shards = shard_names(corpus.shards)
     dtype = token_dtype(tokenizer.size)
-    store = {name: (folder / name).stat().st_size for name in (*shards, VALIDATION, PROMPTS, _TOKENIZER)}
-    width = np.dtype(dtype).itemsize
+    store = manifest(folder, (*shards, VALIDATION, PROMPTS, _TOKENIZER))
+    tokens = {name: store[name]["bytes"] // np.dtype(dtype).itemsize for name in (*shards, VALIDATION)}
     meta = {
         "schema": _SCHEMA,
         "name": source.builder.name,
         "fingerprint": fingerprint,
         "corpus": config.to_json(corpus),
         "documents": counts,
-        "tokens": {"train": sum(store[name] for name in shards) // width, "validation": store[VALIDATION] // width},
-        "shard_tokens": [store[name] // width for name in shards],
+        "tokens": {"train": sum(tokens[name] for name in shards), "validation": tokens[VALIDATION]},
+        "shard_tokens": [tokens[name] for name in shards],
         "dtype": dtype,
         "vocabulary": tokenizer.size,
         "padded_vocabulary": tokenizer.padded_size,
         "tokenizer_sha256": tokenizer.sha256,
-        "sha256": _sha256(folder / name for name in shards),
-        "validation_sha256": _sha256([folder / VALIDATION]),
-        "prompts_sha256": _sha256([folder / PROMPTS]),
+        "ids_sha256": _sha256(folder / name for name in shards),
         "provenance": {
             "source": source.identity,
             "description": source.description,
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("tensorflow-datasets", "tokenizers")},
         },
-        "store": store,  # file → bytes
+        "store": store,  # the manifest of the other files
     }
     write_json(folder / _META, meta)
     forget(folder)
@@ -209,22 +212,27 @@ def _sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def opened(folder: Path) -> Store:
+    """The finished token store in a folder.
+
+    Raises:
+      Damaged: a file is not what was written.
+    """
+    try:
+        meta = read_remade(folder / _META)
+    except Damaged as damage:
+        raise Damaged(folder, f"is damaged: its {_META} {damage.why}") from None
+    verify(folder, meta["store"])
+    return Store(folder, meta, Tokenizer.load(folder / _TOKENIZER))
+
+
 def _open(corpus: config.Corpus, fingerprint: str, folder: Path) -> Store:
-    meta = read_json(folder / _META)
+    store = opened(folder)
+    meta = store.meta
     if meta["fingerprint"] != fingerprint:
         raise UserError(
             f"{folder} holds corpus {meta['fingerprint'][:16]} of {canonical_json(meta['corpus'])}, expected "
             f"{fingerprint[:16]} of {canonical_json(config.to_json(corpus))}: move it away and run the same command again"
         )
-    again = f"remove {folder} and run the same command again"
-    for name, expected in meta["store"].items():
-        path = folder / name
-        size = path.stat().st_size if path.exists() else None
-        if size != expected:
-            got = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(f"{path} {got}, expected {expected} bytes: {again}")
-    tokenizer = Tokenizer.load(folder / _TOKENIZER)
-    if tokenizer.sha256 != meta["tokenizer_sha256"]:
-        raise UserError(f"{folder / _TOKENIZER} has sha256 {tokenizer.sha256}, expected {meta['tokenizer_sha256']}: {again}")
     forget(folder)  # what a process that was killed after the last write left
-    return Store(folder, meta, tokenizer)
+    return store

@@ -80,14 +80,14 @@ class Source:
 
         Raises:
           UserError: the source is broken, or the data on disk is not whole.
+          Damaged: data of ours is not what was written.
         """
         if isinstance(self.builder, TextBuilder):
-            with alone(Path(self.builder.data_dir).parent, progress):
-                with quiet():
-                    prepared = self.builder.is_prepared()
-                if not prepared:
+            with alone(Path(self.builder.data_dir).parent, progress, wait=True):
+                if not self.builder.sealed:
                     with progress.task(f"collecting {self.builder.name}", None, "documents") as advance:
                         self.builder.prepare(advance)
+                self.builder.verify()
         with quiet():
             try:
                 if self.builder.info.file_format == tfds.core.FileFormat.TFRECORD:

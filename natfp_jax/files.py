@@ -1,19 +1,38 @@
-"""Files that are whole or absent.
+"""Files that are whole or absent, and are what was written.
 
-Owns how anything reaches the disk: written under a temporary name, fsynced, renamed. Knows nothing of what is written.
+Owns how anything reaches the disk (under a temporary name, fsynced, renamed), the seals by which damage is found, and what
+becomes of a damaged file. Knows nothing of what is written.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Damaged, UserError
 
-__all__ = ["canonical_json", "hash_json", "read_json", "whole_file", "write_json"]
+__all__ = [
+    "MANIFEST",
+    "canonical_json",
+    "hash_file",
+    "hash_json",
+    "manifest",
+    "read_json",
+    "read_remade",
+    "set_aside",
+    "sync",
+    "verify",
+    "whole_file",
+    "write_json",
+]
+
+MANIFEST = "manifest.json"
+_SEAL = "sha256"  # the last field of a JSON file: the hash of all others
+_DAMAGED = ".damaged"
 
 
 @contextlib.contextmanager
@@ -27,34 +46,71 @@ def whole_file(path: Path, mode: str = "wb", encoding: str | None = None) -> Ite
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut too
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all."""
+def sync(path: Path) -> None:
+    """Makes the names in a folder, such as that of a file just renamed, survive a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# --- sealed JSON ------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes `value` as indented JSON with its seal, whole or not at all."""
     with whole_file(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+        file.write(_sealed(value))
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+def _sealed(value: dict[str, Any]) -> str:
+    if _SEAL in value:
+        raise ValueError(f"the field {_SEAL} is the seal's own")
+    return json.dumps({**value, _SEAL: hash_json(value)}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path, remedy: str = "remove it") -> dict[str, Any]:
+    """Reads what `write_json` has written; the seal is checked and left out.
+
+    Args:
+      remedy: what a user can do about a damaged file before running the same command again.
 
     Raises:
-      UserError: the file is missing or is not JSON.
+      UserError: the file is missing, or any byte of it is another.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_remade(path)
+    except Damaged as damage:
+        raise UserError(f"{damage}: {remedy} and run the same command again") from None
+
+
+def read_remade(path: Path) -> dict[str, Any]:
+    """`read_json` of a file that the program can make again.
+
+    Raises:
+      UserError: the file is missing.
+      Damaged: any byte of it is another.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): remove it and run the same command again") from None
+        raise Damaged(path, f"is not valid JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(value, dict) or _SEAL not in value:
+        raise Damaged(path, f"is no JSON object with the seal {_SEAL!r}")
+    seal = value.pop(_SEAL)
+    # The text too: a changed space changes no value, but the file is not what was written.
+    if seal != hash_json(value) or text != _sealed(value):
+        raise Damaged(path, f"is not what was written: its contents have sha256 {hash_json(value)}, its seal says {seal}")
+    return value
 
 
 def canonical_json(value: Any) -> str:
@@ -65,3 +121,55 @@ def canonical_json(value: Any) -> str:
 def hash_json(value: Any) -> str:
     """sha256, in hexadecimal, of the canonical JSON of `value`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+# --- manifests --------------------------------------------------------------------------------------------------------
+
+
+def hash_file(path: Path) -> str:
+    """sha256, in hexadecimal, of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Relative path → bytes and sha256 of the files `names` below `folder`: all of them by default, but its own manifest."""
+    ordered = sorted(_below(folder) if names is None else names)
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
+        digests = pool.map(hash_file, [folder / name for name in ordered])
+        return {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(ordered, digests, strict=True)
+        }
+
+
+def verify(folder: Path, listed: dict[str, dict[str, Any]], whole: bool = False) -> None:
+    """Checks files below `folder` against their manifest; with `whole`, that there are no others.
+
+    Raises:
+      Damaged: one is missing, longer, shorter or different. `path` is the folder, the message names the file.
+    """
+    for name, expected in listed.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != expected["bytes"]:
+            got = "is missing" if size is None else f"has {size} bytes"
+            raise Damaged(folder, f"is damaged: {name} {got}, expected {expected['bytes']} bytes")
+    if whole and (others := sorted(_below(folder) - set(listed))):
+        raise Damaged(folder, f"is damaged: {others[0]} is not in its manifest")
+    for name, found in manifest(folder, listed).items():
+        if found["sha256"] != listed[name]["sha256"]:
+            raise Damaged(folder, f"is damaged: {name} has sha256 {found['sha256']}, expected {listed[name]['sha256']}")
+
+
+def _below(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged file or folder, so that it is used no more and still can be looked at; returns its new name."""
+    number, aside = 1, path.with_name(f"{path.name}{_DAMAGED}")
+    while aside.exists():
+        number, aside = number + 1, path.with_name(f"{path.name}{_DAMAGED}-{number + 1}")
+    path.rename(aside)
+    sync(path.parent)
+    return aside

@@ -11,13 +11,15 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, Protocol
+from typing import IO, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from natfp_jax.config import Corpus
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Damaged
+from natfp_jax.files import hash_json
 from natfp_jax.progress import Progress
 from natfp_jax.tokenizer import Tokenizer
 
@@ -109,25 +111,29 @@ def ingest(documents: Texts, tokenizer: Tokenizer, corpus: Corpus, folder: Path,
     Returns the number of documents `read`, `empty`, `duplicate`, `train`, `validation` and `prompt`. `forget` ends it.
 
     Raises:
-      UserError: a file is shorter than an earlier pass left it.
+      Damaged: a file is not what an earlier pass left.
     """
     names = [*shard_names(corpus.shards), VALIDATION, PROMPTS]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_readable(folder))
         database = stack.enter_context(contextlib.closing(sqlite3.connect(folder / _STATE, isolation_level=None)))
         database.execute("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
         database.execute("CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, value INTEGER)")
-        counts = Counter[str](dict(database.execute("SELECT name, value FROM counts")))
+        database.execute("CREATE TABLE IF NOT EXISTS seals (name TEXT PRIMARY KEY, value TEXT)")
+        counts, seals = _resumable(folder, names, database)
         files = {name: stack.enter_context(_resumed(folder / name, counts[name])) for name in names}
         with progress.task("tokenising", len(documents), "documents") as advance:
             advance(counts["read"])
             for batch in _batches(documents, counts["read"]):
                 database.execute("BEGIN IMMEDIATE")
-                for name, data in _encoded(batch, tokenizer, corpus, database, counts):
+                for name, data in _encoded(batch, tokenizer, corpus, database, counts, seals):
                     counts[name] += files[name].write(data)
+                    seals.files[name].update(data)
                 for file in files.values():  # before the commit: it must not count what a power cut takes away
                     file.flush()
                     os.fsync(file.fileno())
                 database.executemany("REPLACE INTO counts VALUES (?, ?)", counts.items())
+                database.executemany("REPLACE INTO seals VALUES (?, ?)", seals.say(counts).items())
                 database.execute("COMMIT")
                 advance(len(batch))
     return {name: counts[name] for name in ("read", "empty", "duplicate", "train", "validation", "prompt")}
@@ -139,11 +145,53 @@ def forget(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):  # no room, no permission
+            raise
+        raise Damaged(folder, f"is damaged: {_STATE} cannot be read ({error})") from None
+
+
+@dataclass
+class _Seals:
+    """What an earlier pass left can be checked by: running hashes of the files, and the sum of all digests."""
+
+    files: dict[str, Any]  # name → hash object
+    digests: int = 0
+
+    def add(self, digest: bytes) -> None:
+        """Counts one more row of `seen`; the order of rows is no matter."""
+        self.digests ^= int.from_bytes(hashlib.sha256(digest).digest(), "big")
+
+    def say(self, counts: Counter[str]) -> dict[str, str]:
+        """The seals as texts."""
+        said = {name: digest.hexdigest() for name, digest in self.files.items()}
+        return {**said, "seen": f"{self.digests:x}", "counts": hash_json(dict(sorted(counts.items())))}
+
+
+def _resumable(folder: Path, names: list[str], database: sqlite3.Connection) -> tuple[Counter[str], _Seals]:
+    """The counts and seals of an earlier pass, or of none, after a check of everything that it left."""
+    counts = Counter[str](dict(database.execute("SELECT name, value FROM counts")))
+    seals = _Seals({name: hashlib.sha256() for name in names})
+    expected = dict(database.execute("SELECT name, value FROM seals"))
+    for (digest,) in database.execute("SELECT digest FROM seen"):
+        seals.add(digest)
+    for name in names:
+        path, left = folder / name, counts[name]
+        with contextlib.nullcontext() if not left else open(path, "rb") as file:
+            while file is not None and left and (block := file.read(min(left, 1 << 22))):
+                seals.files[name].update(block)
+                left -= len(block)
+    if counts and (other := [name for name, value in seals.say(counts).items() if expected.get(name) != value]):
+        raise Damaged(folder, f"is damaged: {other[0]} is not what an earlier pass left")
+    return counts, seals
+
+
 def _resumed(path: Path, committed: int) -> IO[bytes]:
     file = open(path, "ab")  # noqa: SIM115  # the caller closes it
-    if file.tell() < committed:
-        file.close()
-        raise UserError(f"{path} has lost data since an earlier run: remove {path.parent} and run the same command again")
     file.truncate(committed)
     return file
 
@@ -162,7 +210,12 @@ def _batches(documents: Texts, start: int) -> Iterator[list[Document]]:
 
 
 def _encoded(
-    batch: list[Document], tokenizer: Tokenizer, corpus: Corpus, database: sqlite3.Connection, counts: Counter[str]
+    batch: list[Document],
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    database: sqlite3.Connection,
+    counts: Counter[str],
+    seals: _Seals,
 ) -> Iterator[tuple[str, bytes]]:
     """The (file, bytes) to append for a batch; counts its documents."""
     names = shard_names(corpus.shards)
@@ -176,6 +229,7 @@ def _encoded(
         if not database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (document.digest,)).rowcount:
             counts["duplicate"] += 1
             continue
+        seals.add(document.digest)
         part = document.part(corpus)
         counts[part] += 1
         if part == "prompt":

@@ -23,28 +23,36 @@ _TRIES, _PAUSE = 5, 0.05  # seconds; `held` has a lock for a moment
 
 
 @contextlib.contextmanager
-def alone(folder: Path, progress: Progress | None = None) -> Iterator[None]:
-    """Holds the lock of `folder`, which is created. A killed process holds nothing.
+def alone(folder: Path, progress: Progress | None = None, wait: bool = False) -> Iterator[None]:
+    """Holds the lock of `folder`, which is created. A killed process holds nothing: the system gives its lock up.
 
     Args:
-      progress: where given, another holder is waited for, and that is said here.
+      progress: where given, a lock that a killed process left is told of here.
+      wait: another holder is waited for.
 
     Raises:
-      UserError: another process holds it, and there is no `progress`.
+      UserError: another process holds it, and is not waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+") as file:
         if not _taken(file):
-            if progress is None:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            if not wait:
                 raise UserError(f"{folder} is in use by another process ({holder}): wait for it or stop it")
-            progress.say(f"another process prepares {folder}: waiting for it")
+            if progress is not None:
+                progress.say(f"another process ({holder}) prepares {folder}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if (stale := file.read().strip()) and progress is not None:
+            progress.say(f"{folder} was left by {stale}, which ended in its work: going on from there")
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def _taken(file: IO[str]) -> bool:

@@ -1,9 +1,13 @@
 """Devices → mesh.
 
-Owns the axes `data`, `fsdp`, `tensor` and what is laid over them. Must not know the model beyond its parameter table.
+Owns the axes `replica`, `data`, `fsdp`, `tensor` and what is laid over them. Must not know the model beyond its parameter
+table.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,9 +17,23 @@ from natfp_jax import config
 from natfp_jax.errors import UserError
 from natfp_jax.params import Params, Spec, nest
 
-__all__ = ["AXES", "batch_sharding", "check_batch", "check_params", "make", "param_shardings", "replicated", "size"]
+__all__ = [
+    "AXES",
+    "batch_sharding",
+    "check_batch",
+    "check_params",
+    "constrain",
+    "lay",
+    "make",
+    "param_shardings",
+    "replicated",
+    "size",
+    "text_sharding",
+    "text_ways",
+]
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("replica", "data", "fsdp", "tensor")
+_BATCH, _TEXTS = ("data", "fsdp"), ("replica", "data", "fsdp")  # the axes that hold rows of training, and of sampling
 
 
 def size(mesh: config.Mesh, devices: int) -> config.Mesh:
@@ -24,32 +42,32 @@ def size(mesh: config.Mesh, devices: int) -> config.Mesh:
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    others = mesh.fsdp * mesh.tensor
+    others = mesh.replica * mesh.fsdp * mesh.tensor
     data = mesh.data or devices // others
     if data * others != devices:
         raise UserError(
-            f"run.mesh data {mesh.data or 'rest'} x fsdp {mesh.fsdp} x tensor {mesh.tensor} "
+            f"run.mesh replica {mesh.replica} x data {mesh.data or 'rest'} x fsdp {mesh.fsdp} x tensor {mesh.tensor} "
             f"does not multiply to the {devices} devices at hand"
         )
-    return config.Mesh(data, mesh.fsdp, mesh.tensor)
+    return replace(mesh, data=data)
 
 
 def make(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh over `devices`, by default all there are."""
+    """The mesh over `devices`, by default all that all processes have."""
     devices = jax.devices() if devices is None else devices
     sized = size(mesh, len(devices))
-    shape = (sized.data, sized.fsdp, sized.tensor)
+    shape = (sized.replica, sized.data, sized.fsdp, sized.tensor)
     # The axis types are named: the default of make_mesh has changed between JAX versions.
-    return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_batch(name: str, batch: int, mesh: jax.sharding.Mesh) -> None:
-    """Raises a UserError if `batch` rows do not divide over the axes that hold rows."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(name: str, batch: int, mesh: jax.sharding.Mesh, texts: bool = False) -> None:
+    """Raises a UserError if `batch` rows do not divide over the axes that hold rows, of training or of `texts`."""
+    axes = [axis for axis in _TEXTS if axis in _BATCH or (texts and mesh.shape[axis] > 1)]
+    ways = math.prod(mesh.shape[axis] for axis in axes)
     if batch % ways:
-        raise UserError(
-            f"{name} {batch} does not divide over data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {ways} devices"
-        )
+        product = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
+        raise UserError(f"{name} {batch} does not divide over {product} = {ways} devices")
 
 
 def check_params(specs: dict[str, Spec], mesh: jax.sharding.Mesh) -> None:
@@ -61,8 +79,36 @@ def check_params(specs: dict[str, Spec], mesh: jax.sharding.Mesh) -> None:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`; whatever else a row has stays together."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows of training over `data` and `fsdp`; whatever else a row has stays together."""
+    return NamedSharding(mesh, PartitionSpec(_BATCH))
+
+
+def text_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Rows of texts over `replica`, `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(_TEXTS))
+
+
+def text_ways(mesh: jax.sharding.Mesh) -> int:
+    """The number of parts that texts are cut into."""
+    return math.prod(mesh.shape[axis] for axis in _TEXTS)
+
+
+def lay(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays, the same on every process, over the mesh; a process hands over only what its own devices hold."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), tree)
+
+
+def constrain(array: jax.Array, dims: str, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """Lays an activation as its letters say: rows over `data` and `fsdp`, heads and MLP columns over `tensor`.
+
+    Without a mesh, or on one device, the array itself.
+    """
+    if mesh is None or mesh.size == 1:
+        return array
+    axes = {"B": _BATCH, "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*(axes.get(letter) for letter in dims))))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

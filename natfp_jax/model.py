@@ -7,16 +7,24 @@ Letters: B batch, T tokens, S cache slots, V vocabulary, D width, L layers, N qu
 F MLP width.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from natfp_jax.config import Model
+from natfp_jax.mesh import constrain
 from natfp_jax.params import Params, dims
 
 __all__ = ["Cache", "Decoder", "decode", "empty_cache", "head", "hidden", "logits"]
+
+
+Remat = Literal["none", "dots", "full"]
+_SAVED = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Cache(NamedTuple):
@@ -57,6 +65,7 @@ def _rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Arra
 
 class _Attention(nn.Module):
     model: Model
+    devices: jax.sharding.Mesh | None
 
     @nn.compact
     def __call__(
@@ -68,6 +77,8 @@ class _Attention(nn.Module):
         q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, _weight(self, "q", D, N, H, dtype=dtype))
         k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, _weight(self, "k", D, K, H, dtype=dtype))
         v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, _weight(self, "v", D, K, H, dtype=dtype))
+        q_BTNH = constrain(q_BTNH, "BTNH", self.devices)
+        k_BTKH, v_BTKH = constrain(k_BTKH, "BTKH", self.devices), constrain(v_BTKH, "BTKH", self.devices)
         q_BTNH = _rotate(q_BTNH, place.position_BT, self.model.rope_theta)
         k_BTKH = _rotate(k_BTKH, place.position_BT, self.model.rope_theta)
         if cache is None:
@@ -86,6 +97,7 @@ class _Attention(nn.Module):
 
 class _MLP(nn.Module):
     model: Model
+    devices: jax.sharding.Mesh | None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -97,46 +109,56 @@ class _MLP(nn.Module):
             up_BTF *= nn.silu(jnp.einsum("btd,df->btf", x_BTD, _weight(self, "gate", D, F, dtype=dtype)))
         else:
             up_BTF = nn.gelu(up_BTF)
+        up_BTF = constrain(up_BTF, "BTF", self.devices)
         return jnp.einsum("btf,fd->btd", up_BTF, _weight(self, "down", F, D, dtype=dtype))
 
 
 class _Block(nn.Module):
     model: Model
+    devices: jax.sharding.Mesh | None
 
     @nn.compact
     def __call__(
         self, carry: tuple[jax.Array, Cache | None], place: _Place, layer: jax.Array
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         x_BTD, cache = carry
-        attended_BTD, cache = _Attention(self.model, name="attention")(x_BTD, cache, place, layer)
+        attended_BTD, cache = _Attention(self.model, self.devices, name="attention")(x_BTD, cache, place, layer)
         x_BTD += attended_BTD
-        return (x_BTD + _MLP(self.model, name="mlp")(x_BTD), cache), None
+        x_BTD += _MLP(self.model, self.devices, name="mlp")(x_BTD)
+        return (constrain(x_BTD, "BTD", self.devices), cache), None
 
 
 class Decoder(nn.Module):
-    """A pre-norm decoder with scanned layers; `vocabulary` is the padded size."""
+    """A pre-norm decoder with scanned layers; `vocabulary` is the padded size.
+
+    Activations are laid over `devices` where given; `remat` says what the backward pass computes again.
+    """
 
     model: Model
     vocabulary: int
+    devices: jax.sharding.Mesh | None = None
+    remat: Remat = "none"
 
     def setup(self) -> None:
         """Declares the parameters that are not in a layer, and the scan over layers."""
         zeros, width = nn.initializers.zeros_init(), self.model.width
         self.embedding = self.param("embedding", zeros, (self.vocabulary, width), jnp.float32)
+        # A scanned layer is not merged with its neighbours, so that the costly barriers against it are not needed.
+        block = _Block if self.remat == "none" else nn.remat(_Block, policy=_SAVED[self.remat], prevent_cse=False)
         self.layers = nn.scan(
-            _Block,
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": False},
             in_axes=(nn.broadcast, 0),
             length=self.model.layers,
-        )(self.model)
+        )(self.model, self.devices)
         self.norm = self.param("norm", zeros, (width,), jnp.float32)
         if not self.model.tied:
             self.head = self.param("head", zeros, (width, self.vocabulary), jnp.float32)
 
     def __call__(self, tokens_BT: jax.Array, place: _Place, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """The normed state after the last layer, `x_BTD`, and the cache."""
-        x_BTD = self.embedding[tokens_BT].astype(self.model.dtype)
+        x_BTD = constrain(self.embedding[tokens_BT].astype(self.model.dtype), "BTD", self.devices)
         (x_BTD, cache), _ = self.layers((x_BTD, cache), place, jnp.arange(self.model.layers))
         return _rms_norm(x_BTD, self.norm, self.model.norm_epsilon), cache
 
@@ -145,16 +167,24 @@ class Decoder(nn.Module):
 
 
 def _apply(
-    model: Model, params: Params, tokens_BT: jax.Array, place: _Place, cache: Cache | None
+    decoder: Decoder, params: Params, tokens_BT: jax.Array, place: _Place, cache: Cache | None
 ) -> tuple[jax.Array, Cache | None]:
-    out: Any = Decoder(model, vocabulary=params["embedding"].shape[0]).apply({"params": params}, tokens_BT, place, cache)
+    out: Any = decoder.apply({"params": params}, tokens_BT, place, cache)
     return out
 
 
-def hidden(model: Model, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    """The states `x_BTD` that predict the next token, under causal attention."""
+def hidden(
+    model: Model, params: Params, tokens_BT: jax.Array, devices: jax.sharding.Mesh | None = None, remat: Remat = "none"
+) -> jax.Array:
+    """The states `x_BTD` that predict the next token, under causal attention.
+
+    Args:
+      devices: where given, how activations lie is not left to the compiler.
+      remat: what the backward pass computes again instead of keeping it; "dots": all but products of matrices.
+    """
     position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return _apply(model, params, tokens_BT, _Place(position_BT, None, 0), None)[0]
+    decoder = Decoder(model, params["embedding"].shape[0], devices, remat)
+    return _apply(decoder, params, tokens_BT, _Place(position_BT, None, 0), None)[0]
 
 
 def empty_cache(model: Model, batch: int, slots: int) -> Cache:
@@ -178,7 +208,8 @@ def decode(
     A token attends to the slots that `mask_BTS` allows; its rotary position is `position_BT`, whatever its slot. So one
     function serves prefill (T = prompt) and decoding (T = 1), and ragged rows may write to one common slot.
     """
-    x_BTD, written = _apply(model, params, tokens_BT, _Place(position_BT, mask_BTS, slot), cache)
+    decoder = Decoder(model, params["embedding"].shape[0])
+    x_BTD, written = _apply(decoder, params, tokens_BT, _Place(position_BT, mask_BTS, slot), cache)
     assert written is not None  # what goes in comes out
     return x_BTD, written
 

@@ -18,7 +18,7 @@ from natfp_jax import rng
 from natfp_jax.config import Model, Perturb
 from natfp_jax.errors import UserError
 
-__all__ = ["Params", "Spec", "abstract", "check_perturb", "count", "dims", "flatten", "init", "nest", "perturbed", "table"]
+__all__ = ["Params", "Spec", "abstract", "check_perturb", "count", "dims", "flatten", "init", "nest", "table"]
 
 Params = dict[str, Any]
 
@@ -129,14 +129,18 @@ def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(key, shape, jnp.float32)
 
 
-def init(specs: dict[str, Spec], seed: int, shardings: Params | None = None) -> Params:
+def init(specs: dict[str, Spec], seed: int, shardings: Params | None = None, perturb: Perturb | None = None) -> Params:
     """All parameters, float32, each from the key of its own path (and layer): none depends on what else the model has.
+
+    A twin has `perturb`: one weight moved by so many units in the last place.
 
     Every layer of every parameter is drawn whole, on one device, by a program of its own, and laid over the mesh after that.
     The parts that a mesh makes of it would have other last bits: compilers vectorise other shapes in other ways (XLA of JAX
     0.12 on CPU: rows of 4 values, 4 % of them, up to 4 units in the last place).
     """
     root = rng.stream(seed, "init")
+    if perturb is not None:
+        check_perturb({path: spec.shape for path, spec in specs.items()}, perturb)
 
     def leaf(path: str, spec: Spec) -> np.ndarray:
         if not spec.scale:
@@ -149,6 +153,8 @@ def init(specs: dict[str, Spec], seed: int, shardings: Params | None = None) -> 
 
     def laid(path: str, spec: Spec) -> jax.Array:
         host = leaf(path, spec)
+        if perturb is not None and perturb.parameter == path:
+            host = _perturbed(host, perturb)
         if shardings is None:
             return jnp.asarray(host)
         return jax.make_array_from_callback(spec.shape, flatten(shardings)[path], lambda index: host[index])
@@ -165,18 +171,10 @@ def check_perturb(shapes: dict[str, tuple[int, ...]], perturb: Perturb) -> None:
         raise UserError(f"perturb.index {perturb.index} is outside {perturb.parameter}, which has {size} values")
 
 
-def perturbed(params: Params, perturb: Perturb) -> Params:
-    """The twin: one weight moved by `ulps` units in the last place.
-
-    Raises:
-      UserError: there is no such parameter or index.
-    """
-    flat = flatten(params)
-    check_perturb({path: leaf.shape for path, leaf in flat.items()}, perturb)
-    old = flat[perturb.parameter]
-    host = np.array(old, np.float32)
+def _perturbed(host: np.ndarray, perturb: Perturb) -> np.ndarray:
+    host = host.copy()
     weight = host.reshape(-1)[perturb.index]
     for _ in range(abs(perturb.ulps)):
         weight = np.nextafter(weight, np.float32(math.copysign(math.inf, perturb.ulps)))
     host.reshape(-1)[perturb.index] = weight
-    return nest({**flat, perturb.parameter: jax.device_put(host, old.sharding)})
+    return host

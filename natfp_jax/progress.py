@@ -43,7 +43,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints one line above the bars."""
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)  # a path stays in one piece
 
     @contextlib.contextmanager
     def task(self, description: str, total: int | None, unit: str = "") -> Iterator[Advance]:

@@ -4,29 +4,32 @@ Owns which files there are, what goes into the summary, and when they are made a
 words or drawn.
 """
 
+from pathlib import Path
 from typing import Any
 
 from natfp_jax import __version__, config, files, texts
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Damaged, UserError
 from natfp_jax.findings import Row, Summary, confused, lines
 from natfp_jax.page import markdown
-from natfp_jax.stages import Work
+from natfp_jax.runs import metrics
 from natfp_jax.study import lacking
+from natfp_jax.workspace import Workspace
 
 __all__ = ["report", "summarise"]
 
 
-def summarise(work: Work) -> Summary:
+def summarise(work: Workspace) -> Summary:
     """Everything that the report says, as JSON values.
 
     Raises:
       UserError: the study is not attributed.
+      Damaged: a file that it is made from is not what was written.
     """
     path = work.folder / "attribution.json"
     if not path.exists():
         raise UserError(f"{path} does not exist: run `natfp attribute` first")
-    work.require_trained()
-    attributed = files.read_json(path)
+    work.check_trained()
+    attributed = files.read_remade(path)
     records = {arm: _records(work, arm) for arm in work.arms}
     summary = {
         "study": work.study.name,
@@ -34,7 +37,7 @@ def summarise(work: Work) -> Summary:
         "corpus": {"name": work.store.meta["name"], "sha256": work.store.sha256, "tokens": work.store.tokens},
         "comparisons": attributed["comparisons"],
         "arms": [_arm(work, arm, records[arm][work.arms[arm].experiment.steps]) for arm in work.arms],
-        "stages": files.read_json(work.folder / "timings.json"),
+        "stages": _timings(work.folder / "timings.json"),
         "numerics": _numerics(work, records),
         "settings": {name: config.to_json(getattr(work.study, name)) for name in ("sampling", "attribution")},
         "lacking": lacking(work.study),
@@ -43,13 +46,17 @@ def summarise(work: Work) -> Summary:
     return {**summary, "inputs": {"attribution": attributed["inputs"], "summary": shown}}
 
 
-def _records(work: Work, arm: str) -> dict[int, dict[str, Any]]:
+def _timings(path: Path) -> dict[str, Any]:
+    """Seconds and amounts by stage; of a lost file, none: they are nowhere else."""
+    return files.read_remade(path) if path.exists() else {}
+
+
+def _records(work: Workspace, arm: str) -> dict[int, dict[str, Any]]:
     """Step → the record of each checkpoint of an arm."""
-    with work.run_of(arm).checkpoints() as checkpoints:
-        return {step: checkpoints.record(step) for step in checkpoints.steps()}
+    return {record["step"]: record for record in work.run_of(arm).records()}
 
 
-def _arm(work: Work, arm: str, last: dict[str, Any]) -> dict[str, Any]:
+def _arm(work: Workspace, arm: str, last: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": arm,
         "fingerprint": work.identities[arm].fingerprint,
@@ -60,10 +67,11 @@ def _arm(work: Work, arm: str, last: dict[str, Any]) -> dict[str, Any]:
         "val_loss": last["val_loss"],
         "steps": last["step"],
         "tokens": last["tokens"],
+        "skipped": last["skipped"],
     }
 
 
-def _numerics(work: Work, records: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+def _numerics(work: Workspace, records: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     """Every numerics record with those it is of, and where the sources of one comparison do not share one."""
     drawn = {one: texts.read_record(work.draw_path(one))["numerics"] for c in work.comparisons for one in c.draws}
     differ = []
@@ -91,19 +99,28 @@ def _distinct(records: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]
     return list(found.values())
 
 
-def report(work: Work) -> Summary:
+def report(work: Workspace) -> Summary:
     """Writes the report's files below `report/`, unless they show the same already; returns the summary.
 
     Raises:
       UserError: the study is not attributed.
+      Damaged: a file of the report, or one that it is made from, is not what was written.
     """
     summary = summarise(work)
+    for arm in work.arms:
+        if damage := work.run_of(arm).damaged_metrics():
+            work.progress.say(f"{damage}: the curves show what is whole")
     folder = work.folder / "report"
     rows = confused(summary)
     names = ["accuracies.png", "losses.png", *(f"confusion-{row['classifier']}.png" for row in rows)]
-    done = all((folder / name).exists() for name in (*names, "report.md", "summary.json"))
-    if done and files.read_json(folder / "summary.json").get("inputs") == summary["inputs"]:
-        return summary
+    names.append("report.md")
+    path = folder / "summary.json"
+    if path.exists() and (written := files.read_remade(path)).get("inputs") == summary["inputs"]:
+        try:
+            files.verify(folder, written["files"])
+            return summary
+        except Damaged as damage:  # made anew below
+            work.progress.say(f"{damage}: the report is made anew")
 
     from natfp_jax import figures  # a complete study never waits for matplotlib
 
@@ -111,20 +128,20 @@ def report(work: Work) -> Summary:
     for line in lines(summary):
         panels.setdefault(line.checkpoint, []).append((line.name, line.rows))
     drawings = [figures.accuracies(panels), figures.losses(_curves(work, summary)), *map(figures.confusion, rows)]
-    for name, figure in zip(names, drawings, strict=True):
+    for name, figure in zip(names[:-1], drawings, strict=True):
         figures.save(figure, folder / name)
     with files.whole_file(folder / "report.md", "w", encoding="utf-8") as file:
         file.write(markdown(summary))
-    files.write_json(folder / "summary.json", summary)  # last: it says that the rest is there
+    files.write_json(path, {**summary, "files": files.manifest(folder, names)})  # last: it says that the rest is there
     return summary
 
 
-def _curves(work: Work, summary: Summary) -> dict[str, list[tuple[float, float, bool]]]:
+def _curves(work: Workspace, summary: Summary) -> dict[str, list[tuple[float, float, bool]]]:
     """Arm → (tokens, loss, whether of the validation part)."""
     curves = {}
     for arm in summary["arms"]:
         each = arm["tokens"] / arm["steps"]
-        lines = work.run_of(arm["id"]).metrics()
+        lines, _ = metrics(work.run_of(arm["id"]).metrics)
         curves[arm["id"]] = [
             (each * line["step"], line[name], name == "val_loss")
             for line in lines

@@ -1,22 +1,24 @@
 """The folder of a run: `runs/<fingerprint>/`.
 
-Owns what lies in it (experiment.json, checkpoints/, metrics.jsonl, lineage.json) and whose it is. Must not know how training
-works.
+Owns what lies in it (experiment.json, checkpoints/, restart/, metrics.jsonl, lineage.json) and whose it is. Must not know how
+training works.
 """
 
 import json
+import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from natfp_jax import files
-from natfp_jax.checkpoint import Checkpoints
+from natfp_jax import checkpoint, files
 from natfp_jax.config import Experiment, to_json
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Damaged, UserError
+from natfp_jax.files import canonical_json
 from natfp_jax.lineage import Identity
 from natfp_jax.lock import LOCK
 
-__all__ = ["MetricsLog", "RunFolder"]
+__all__ = ["MetricsLog", "RunFolder", "metrics"]
 
 
 @dataclass(frozen=True)
@@ -25,23 +27,44 @@ class RunFolder:
 
     folder: Path
 
-    def checkpoints(self) -> Checkpoints:
-        """The kept checkpoints, to be used as a context."""
-        return Checkpoints(self.folder / "checkpoints")
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the kept checkpoints, which belong to the experiment."""
+        return self.folder / "checkpoints"
+
+    @property
+    def restart(self) -> Path:
+        """The folder of the disposable states that a killed run goes on from."""
+        return self.folder / "restart"
+
+    @property
+    def metrics(self) -> Path:
+        """The log of the training, a JSON object a line."""
+        return self.folder / "metrics.jsonl"
 
     def complete(self, steps: list[int]) -> bool:
-        """Whether all of `steps` are kept and their lineage is gathered."""
+        """Whether all of `steps` are kept and their lineage is gathered.
+
+        Raises:
+          Damaged: a checkpoint is not whole, or lineage.json is not what was written.
+        """
         path = self.folder / "lineage.json"
         if self.missing(steps) or not path.exists():
             return False
-        return set(steps) <= {record["step"] for record in files.read_json(path)["checkpoints"]}
+        return set(steps) <= {record["step"] for record in files.read_remade(path)["checkpoints"]}
 
     def missing(self, steps: list[int]) -> list[int]:
-        """Those of `steps` that have no checkpoint yet, ascending."""
-        if not (self.folder / "checkpoints").is_dir():
-            return sorted(steps)
-        with self.checkpoints() as checkpoints:
-            return sorted(set(steps) - set(checkpoints.steps()))
+        """Those of `steps` that have no checkpoint yet, ascending.
+
+        Raises:
+          Damaged: a checkpoint is not whole.
+        """
+        return sorted(set(steps) - set(checkpoint.steps(self.checkpoints)))
+
+    def owner(self) -> str:
+        """The fingerprint of the experiment that the folder says it is of."""
+        owner = files.read_json(self.folder / "experiment.json", f"move {self.folder} away")
+        return str(owner["fingerprint"])
 
     def check_owner(self, identity: Identity) -> None:
         """Checks that the folder is not another experiment's.
@@ -50,7 +73,7 @@ class RunFolder:
           UserError: it is.
         """
         path = self.folder / "experiment.json"
-        if path.exists() and (owner := files.read_json(path).get("fingerprint")) != identity.fingerprint:
+        if path.exists() and (owner := self.owner()) != identity.fingerprint:
             raise UserError(
                 f"{self.folder} holds the run {owner}, expected {identity.fingerprint}: move it away or give another --out"
             )
@@ -74,42 +97,97 @@ class RunFolder:
             other.unlink()
 
     def record(self, step: int) -> dict[str, Any]:
-        """What was recorded with the checkpoint at `step`."""
-        with self.checkpoints() as checkpoints:
-            return checkpoints.record(step)
+        """What was recorded with the kept checkpoint at `step`.
 
-    def write_lineage(self, identity: Identity) -> None:
-        """Gathers the records of all checkpoints, for readers without Orbax."""
-        with self.checkpoints() as checkpoints:
-            records = [checkpoints.record(step) for step in checkpoints.steps()]
-        lineage = {"fingerprint": identity.fingerprint, "inputs": identity.inputs, "checkpoints": records}
+        Raises:
+          Damaged: it is not what was written, or is another experiment's.
+        """
+        found = checkpoint.record(self.checkpoints, step)
+        owner = self.owner()
+        if found["fingerprint"] != owner:
+            place = self.checkpoints / str(step)
+            raise Damaged(place, f"is a checkpoint of the experiment {found['fingerprint']}, expected {owner}")
+        return found
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all kept checkpoints, by step."""
+        return [self.record(step) for step in checkpoint.steps(self.checkpoints)]
+
+    def finish(self, identity: Identity) -> None:
+        """Gathers the records of all checkpoints in lineage.json, sorts the log, and drops the restart states."""
+        _write(self.metrics, metrics(self.metrics)[0])  # a checkpoint that was made again has its line at the end
+        log = {"lines": len(metrics(self.metrics)[0]), "sha256": files.hash_file(self.metrics)}
+        lineage = {
+            "fingerprint": identity.fingerprint,
+            "inputs": identity.inputs,
+            "checkpoints": self.records(),
+            "metrics": log,
+        }
         files.write_json(self.folder / "lineage.json", lineage)
+        shutil.rmtree(self.restart, ignore_errors=True)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, by step."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return sorted((json.loads(line) for line in lines), key=lambda line: line["step"])
+    def damaged_metrics(self) -> str | None:
+        """What is wrong with the log of a finished run, in words."""
+        expected = files.read_remade(self.folder / "lineage.json")["metrics"]
+        lines, damaged = metrics(self.metrics)
+        if self.metrics.exists() and files.hash_file(self.metrics) == expected["sha256"]:
+            return None
+        return (
+            f"{self.metrics} has {len(lines)} whole lines and {damaged} damaged ones, expected {expected['lines']} whole ones"
+        )
+
+
+def metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a log, by step, and the number of others."""
+    found, damaged = [], 0
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        line = _checked(text)
+        if line is None:
+            damaged += 1
+        else:
+            found.append(line)
+    return sorted(found, key=lambda line: (line["step"], "val_loss" in line)), damaged
+
+
+def _write(path: Path, lines: list[dict[str, Any]]) -> None:
+    with files.whole_file(path, "w", encoding="utf-8") as file:
+        file.writelines(f"{_line(line)}\n" for line in lines)
+
+
+def _checked(text: bytes) -> dict[str, Any] | None:
+    try:
+        line: dict[str, Any] = json.loads(text)
+        crc = line.pop("crc32")
+    except (ValueError, KeyError, AttributeError):
+        return None
+    return line if text.decode() == _line(line) and crc == _crc(line) else None
+
+
+def _crc(line: dict[str, Any]) -> str:
+    return f"{zlib.crc32(canonical_json(line).encode()):08x}"
+
+
+def _line(line: dict[str, Any]) -> str:
+    return json.dumps({**line, "crc32": _crc(line)})
 
 
 class MetricsLog:
     """metrics.jsonl, a line a logged step, and TensorBoard where asked for.
 
     Lines of steps after `after` up to `until`, which are trained again, are dropped; later ones, of a run that was finished
-    before an earlier checkpoint was asked for, stay.
+    before an earlier checkpoint was asked for, stay. Damaged lines, such as a last one that a kill cut, are dropped too.
     """
 
-    def __init__(self, folder: Path, after: int, until: int, tensorboard: bool) -> None:
-        self._path = folder / "metrics.jsonl"
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
-        with files.whole_file(self._path, "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in whole if not after < json.loads(line)["step"] <= until)
-        self._writer = _summary_writer(folder / "tensorboard") if tensorboard else None
+    def __init__(self, path: Path, after: int, until: int, tensorboard: bool) -> None:
+        self._path = path
+        kept, _ = metrics(path)
+        _write(path, [line for line in kept if not after < line["step"] <= until])
+        self._writer = _summary_writer(path.parent / "tensorboard") if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:
         """Appends one line."""
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(_line({"step": step, **values}) + "\n")
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)

@@ -50,7 +50,10 @@ def _table(out: Path, path: Path) -> Table:
     for arm in arms(study):
         steps = set(arm.experiment.kept_steps(study.kept_fractions))
         trained[arm.id] = len(steps & _finished(runs[arm.id])) if arm.id in runs else 0, len(steps)
-        drawn[arm.id] = sum(file.exists() for file in draw_files[arm.id]), len(draw_files[arm.id])
+        drawn[arm.id] = (
+            sum(file.exists() and file.with_suffix(".manifest.json").exists() for file in draw_files[arm.id]),
+            len(draw_files[arm.id]),
+        )
     all_trained, all_drawn = (all(done == of for done, of in counts.values()) for counts in (trained, drawn))
 
     table = Table(title=Text(study.name), title_justify="left", caption_justify="left", box=box.SIMPLE, pad_edge=False)
@@ -76,9 +79,8 @@ def _table(out: Path, path: Path) -> Table:
 
 
 def _finished(run: Path) -> set[int]:
-    """The steps of whole checkpoints; one that is being written has a longer name."""
-    folder = run / "checkpoints"
-    return {int(step.name) for step in folder.iterdir() if step.name.isdigit()} if folder.is_dir() else set()
+    """The steps of whole checkpoints: those with a manifest."""
+    return {int(path.parent.name) for path in (run / "checkpoints").glob("*/manifest.json") if path.parent.name.isdecimal()}
 
 
 def _state(done: bool, running: bool) -> Text:

@@ -1,4 +1,4 @@
-"""The sample store: one Parquet file a draw.
+"""The sample store: one Parquet file a draw, and its manifest.
 
 Owns the columns, and the record of what a draw was made from. Must not know how texts are drawn or classified.
 """
@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from natfp_jax import files
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Damaged
 
-__all__ = ["SCHEMA", "read", "read_record", "write"]
+__all__ = ["SCHEMA", "exists", "read", "read_record", "sealed", "verify", "write"]
 
 SCHEMA = pa.schema(
     {
@@ -31,37 +31,59 @@ SCHEMA = pa.schema(
 _KEY = b"natfp"
 
 
+def sealed(path: Path) -> Path:
+    """The manifest of a sample file: a draw is done once it is there."""
+    return path.with_suffix(".manifest.json")
+
+
 def write(path: Path, columns: dict[str, Any], record: dict[str, Any]) -> None:
-    """Writes one draw, whole or not at all; `record` is kept as JSON in the file's metadata."""
+    """Writes one draw, whole or not at all; `record` is kept in its manifest, and as JSON in the file's own metadata."""
     table = pa.table(columns, schema=SCHEMA).replace_schema_metadata({_KEY: json.dumps(record, sort_keys=True)})
     with files.whole_file(path) as file:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    files.write_json(sealed(path), {"record": record, "files": files.manifest(path.parent, [path.name])})
+
+
+def exists(path: Path) -> bool:
+    """Whether a draw is done."""
+    return path.exists() and sealed(path).exists()
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a draw.
 
     Raises:
-      UserError: the file is no sample file.
+      UserError: there is no such draw.
+      Damaged: its manifest is not what was written.
+    """
+    record: dict[str, Any] = files.read_remade(sealed(path))["record"]
+    return record
+
+
+def verify(path: Path) -> None:
+    """Checks a sample file against its manifest.
+
+    Raises:
+      UserError: there is no such draw.
+      Damaged: it is not what was written.
     """
     try:
-        metadata = pq.read_schema(path).metadata or {}
-        record: dict[str, Any] = json.loads(metadata[_KEY])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"{path} is no sample file of natfp ({why}): remove it and run the same command again") from None
-    return record
+        files.verify(path.parent, files.read_remade(sealed(path))["files"])
+    except Damaged as damage:
+        if damage.path == sealed(path):
+            raise
+        raise Damaged(path, damage.why) from None
 
 
 def read(path: Path, columns: list[str] | None = None) -> pa.Table:
     """The rows of a draw, in the order of its prompts.
 
     Raises:
-      UserError: the file is no sample file.
+      UserError: there is no such draw.
+      Damaged: it is not what was written.
     """
-    read_record(path)
+    verify(path)
     try:
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        why = " ".join(str(error).split())  # Arrow writes several lines
-        raise UserError(f"{path} cannot be read ({why}): remove it and run the same command again") from None
+        raise Damaged(path, f"cannot be read ({' '.join(str(error).split())})") from None

@@ -1,31 +1,39 @@
 """Training one arm.
 
 Owns the state, the jitted step, the loop, and what is recorded at each kept checkpoint. Everything but the state is a function
-of the step, so a restart from any checkpoint gives the bits of an untouched run. Must not know studies, sampling or reports.
+of the step, so a restart from any saved state gives the bits of an untouched run. Must not know studies, sampling or reports.
 """
 
 import math
-from collections.abc import Callable
-from functools import lru_cache, partial
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from natfp_jax import mesh, optim, params
-from natfp_jax.checkpoint import with_shardings
+from natfp_jax import checkpoint, mesh, optim, params, processes
+from natfp_jax.checkpoint import Checkpoints, with_shardings
 from natfp_jax.config import Experiment, Model, Optimiser, Run
 from natfp_jax.corpus import Store
-from natfp_jax.errors import UserError
-from natfp_jax.lineage import Identity, numerics, weight_hash
+from natfp_jax.errors import Damaged, Stopped, UserError
+from natfp_jax.lineage import Identity, code, numerics, weight_hash
 from natfp_jax.loss import block_length, blocked_cross_entropy
 from natfp_jax.model import head, hidden
 from natfp_jax.order import Order, order_hash
 from natfp_jax.params import Params
 from natfp_jax.runs import MetricsLog, RunFolder
+from natfp_jax.stopping import Stop
 
-__all__ = ["State", "check", "load_params", "train"]
+__all__ = ["EARLY", "State", "check", "conditions", "load_params", "replay", "train"]
+
+EARLY = (1, 2, 4, 8)  # steps whose weights are hashed, so that an audit can prove the descent from step 0 in a moment
+SKIPS = 10  # steps left out one after another before a run that skips them is given up
+_GO_ON, _SAVE, _STOP = 0, 1, 2  # what a process asks for; the most of them is what all do
 
 
 class State(NamedTuple):
@@ -36,29 +44,54 @@ class State(NamedTuple):
 
 
 class _Program(NamedTuple):
-    init: Callable[[int], State]  # seed → state at step 0
-    step: Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]
+    init: Callable[..., State]  # seed, perturbation → state at step 0
+    step: Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]
     evaluate: Callable[[Params, jax.Array], jax.Array]  # mean loss of one batch
     state: State  # shapes, dtypes and shardings
 
 
 @lru_cache(maxsize=8)
 def _program(
-    model: Model, optimiser: Optimiser, steps: int, vocabulary: int, padded: int, devices: jax.sharding.Mesh
+    model: Model,
+    optimiser: Optimiser,
+    steps: int,
+    vocabulary: int,
+    padded: int,
+    devices: jax.sharding.Mesh,
+    microbatches: int,
+    remat: Any,
 ) -> _Program:
     """The jitted functions; arms that differ only in seeds share them, and so compile once."""
     specs = params.table(model, padded)
     tx = optim.optimiser(optimiser, steps, specs)
 
     def loss(tree: Params, windows_BT: jax.Array) -> jax.Array:
-        x_BTD = hidden(model, tree, windows_BT[:, :-1])
+        x_BTD = hidden(model, tree, windows_BT[:, :-1], devices, remat)
         return blocked_cross_entropy(x_BTD, head(tree), windows_BT[:, 1:], vocabulary)
 
-    def step(state: State, windows_BT: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        value, gradient = jax.value_and_grad(loss)(state.params, windows_BT)
+    def gradients(tree: Params, windows_BT: jax.Array) -> tuple[jax.Array, Params]:
+        if microbatches == 1:
+            return jax.value_and_grad(loss)(tree, windows_BT)
+        # Part i has the rows i, i + parts, ...: each device keeps its rows.
+        parts = jnp.moveaxis(windows_BT.reshape(-1, microbatches, windows_BT.shape[1]), 1, 0)
+        start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, tree))
+
+        def add(total: tuple[jax.Array, Params], part: jax.Array) -> tuple[tuple[jax.Array, Params], None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(tree, part)), None
+
+        total, _ = jax.lax.scan(add, start, parts)
+        summed: tuple[jax.Array, Params] = jax.tree.map(lambda leaf: leaf / microbatches, total)
+        return summed
+
+    def step(state: State, windows_BT: jax.Array, asked_N: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        value, gradient = gradients(state.params, windows_BT)
         updates, opt_state = tx.update(gradient, state.optimiser, state.params)
-        metrics = {"loss": value, "gradient_norm": optax.global_norm(gradient)}
-        return State(optax.apply_updates(state.params, updates), opt_state), metrics
+        new = State(optax.apply_updates(state.params, updates), opt_state)
+        norm = optax.global_norm(gradient)
+        if optimiser.nonfinite == "skip":
+            good = jnp.isfinite(value) & jnp.isfinite(norm)
+            new = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
+        return new, {"loss": value, "gradient_norm": norm, "asked": asked_N.max()}
 
     by_table, one, rows = mesh.param_shardings(devices, specs), mesh.replicated(devices), mesh.batch_sharding(devices)
     shapes = State(params.abstract(specs), jax.eval_shape(tx.init, params.abstract(specs)))
@@ -68,38 +101,51 @@ def _program(
     shardings = State(by_table, opt_shardings)
     start = jax.jit(tx.init, out_shardings=opt_shardings)
 
-    def init(seed: int) -> State:
-        tree = params.init(specs, seed, by_table)
+    def init(seed: int, perturb: Any) -> State:
+        tree = params.init(specs, seed, by_table, perturb)
         return State(tree, start(tree))
 
     return _Program(
         init=init,
-        step=jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, one), donate_argnums=0),
+        step=jax.jit(
+            step, in_shardings=(shardings, rows, _one_each(devices)), out_shardings=(shardings, one), donate_argnums=0
+        ),
         evaluate=jax.jit(loss, in_shardings=(by_table, rows), out_shardings=one),
         state=with_shardings(shapes, shardings),
     )
 
 
-def _program_of(experiment: Experiment, store: Store, devices: jax.sharding.Mesh) -> _Program:
-    tokenizer = store.tokenizer
-    return _program(experiment.model, experiment.optimiser, experiment.steps, tokenizer.size, tokenizer.padded_size, devices)
+def _one_each(devices: jax.sharding.Mesh) -> NamedSharding:
+    """One value a device: every process has its own say."""
+    return NamedSharding(devices, PartitionSpec(mesh.AXES))
+
+
+def _program_of(experiment: Experiment, store: Store, devices: jax.sharding.Mesh, settings: Run) -> _Program:
+    vocabulary, padded = store.tokenizer.size, store.tokenizer.padded_size
+    shapes = vocabulary, padded, devices, settings.microbatches, settings.remat
+    return _program(experiment.model, experiment.optimiser, experiment.steps, *shapes)
 
 
 def load_params(run: RunFolder, step: int, experiment: Experiment, store: Store, devices: jax.sharding.Mesh) -> Params:
-    """The parameters of `run` at `step`, laid over the mesh."""
-    with run.checkpoints() as checkpoints:
-        tree, _ = checkpoints.restore(step, _program_of(experiment, store, devices).state.params)
-        _check_weights(tree, checkpoints.record(step), run)
+    """The parameters of `run` at `step`, laid over the mesh.
+
+    Raises:
+      UserError: there is no such checkpoint.
+      Damaged: it is not what was saved.
+    """
+
+    def checked() -> str:
+        checkpoint.verify(run.checkpoints, step, "params")
+        return str(run.record(step)["weights"])
+
+    weights = processes.led(checked)
+    tree, _ = checkpoint.restore(run.checkpoints, step, _program_of(experiment, store, devices, Run()).state.params)
+    if (got := weight_hash(tree)) != weights:
+        raise Damaged(run.checkpoints / str(step), f"is damaged: its weights have sha256 {got}, expected {weights}")
     return tree
 
 
-def _check_weights(tree: Params, record: dict[str, Any], run: RunFolder) -> None:
-    """Orbax restores damaged arrays without a word; what was recorded when they were saved tells."""
-    if (got := weight_hash(tree)) != record["weights"]:
-        raise UserError(
-            f"{run.folder} step {record['step']}: the weights have sha256 {got}, expected {record['weights']}: "
-            "the checkpoint is damaged, remove that folder and run the same command again"
-        )
+# --- the loop ---------------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -111,109 +157,268 @@ def train(
     devices: jax.sharding.Mesh,
     name: str,
     advance: Callable[[int], None],
+    stop: Stop | None = None,
 ) -> int:
-    """Trains until every kept checkpoint exists, from the last whole one before the first that is missing.
+    """Trains until every kept checkpoint exists, from the last saved state before the first that is missing.
 
     Args:
       name: how messages call the arm.
       advance: called with the number of steps done, now or earlier: all of the experiment's in the end.
+      stop: where given, a signal is answered by saving after the step under way, the same one on all processes.
 
     Returns:
       How many steps were done now.
 
     Raises:
       UserError: the folder belongs to another experiment, the batch does not divide over the mesh, the validation part has no
-        whole batch, or the loss is not finite.
+        whole batch, or the loss or a gradient is not finite.
+      Damaged: a saved state that it would go on from, or a checkpoint, is not what was saved.
+      Stopped: `stop` was requested.
     """
-    data, kept = experiment.data, experiment.kept_steps(settings.checkpoints)
+    kept = experiment.kept_steps(settings.checkpoints)
     check(experiment, store, settings, devices)
-    run.claim(experiment, identity)
-    missing = run.missing(kept)
+    begun = processes.led(lambda: _begun(run, experiment, identity, kept))
+    missing: list[int] = begun["missing"]
     if not missing:
-        run.write_lineage(identity)  # a process killed after its last checkpoint has not
         advance(experiment.steps)
         return 0
-    program = _program_of(experiment, store, devices)
-    lay = partial(jax.device_put, device=mesh.batch_sharding(devices))
-    pool = store.windows(data.seq_len, data.windows)
-    validation = _validation(store, experiment, settings)
-    order = Order(data.windows, data.batch, experiment.seeds.order)
-    rate = optim.schedule(experiment.optimiser, experiment.steps)
-    common = {
-        "fingerprint": identity.fingerprint,
-        "numerics": numerics(devices, batch=data.batch, loss_block=block_length(data.batch, data.seq_len)),
-    }
-
-    with run.checkpoints() as checkpoints:
-        start = max((step for step in checkpoints.steps() if step < missing[0]), default=None)
-        if start is None:
-            state, last, fed = program.init(experiment.seeds.init), None, identity.inputs["pool"]
-            if experiment.perturb is not None:
-                state = State(params.perturbed(state.params, experiment.perturb), state.optimiser)
-        else:
-            last = checkpoints.record(start)
-            state = State(*checkpoints.restore(start, program.state.params, program.state.optimiser))
-            _check_weights(state.params, last, run)
-            fed = last["order_hash"]
-        log = MetricsLog(run.folder, -1 if start is None else start, missing[-1], settings.tensorboard)
-
-        def stop_unless_finite(step: int, what: str, value: float) -> None:
-            if not math.isfinite(value):
-                good = "none" if last is None else last["step"]
-                raise UserError(
-                    f"arm {name}: {what} {value} at step {step}, last good checkpoint {good} in {run.folder}: "
-                    "lower experiment.optimiser.learning_rate"
-                )
-
-        def keep(step: int) -> dict[str, Any]:
-            weights = weight_hash(state.params)
-            losses = [float(program.evaluate(state.params, lay(batch))) for batch in validation]
-            val_loss = math.fsum(losses) / len(losses)
-            stop_unless_finite(step, "validation loss", val_loss)  # the last update may have spoiled the weights
-            record = {
-                **common,
-                "step": step,
-                "tokens": step * data.batch * data.seq_len,
-                "weights": weights,
-                "init_hash": weights if last is None else last["init_hash"],
-                "order_hash": fed,
-                "parent": None if last is None else {"step": last["step"], "weights": last["weights"]},
-                "val_loss": val_loss,
-            }
-            log.write(step, val_loss=val_loss)  # first: a process killed between the two drops this line and writes it again
-            checkpoints.save(step, state.params, state.optimiser, record)
-            return record
-
-        def look(step: int, metrics: dict[str, jax.Array]) -> None:
-            values = {key: float(value) for key, value in metrics.items()}
-            stop_unless_finite(step, "loss", values["loss"])
-            if step % settings.log_every == 0:
-                log.write(step, **values, learning_rate=float(rate(step - 1)))
-
-        if last is None:
-            last = keep(0)
-        first = last["step"]
+    deferred = stop.deferred() if stop is not None else Stop().deferred()
+    with deferred, _Trainer(experiment, identity, store, run, settings, devices, name, stop) as trainer:
+        first = trainer.begin(begun["start"], missing)
         advance(first)
-        late = None  # a step's metrics are read once the next step is under way, so that the device never waits
-        for step in range(first, missing[-1]):
-            rows_B = order.rows(step)
-            fed = order_hash(fed, rows_B)
-            state, metrics = program.step(state, lay(pool.rows(rows_B)))
-            if late is not None:
-                look(*late)
-            late = step + 1, metrics
+        for _ in range(first, missing[-1]):
+            trainer.advance()
             advance(1)
-            if step + 1 in missing:
-                look(*late)
-                late, last = None, keep(step + 1)
-    run.write_lineage(identity)
+    processes.led(lambda: run.finish(identity))
     advance(experiment.steps - missing[-1])
     return missing[-1] - first
 
 
+def _begun(run: RunFolder, experiment: Experiment, identity: Identity, kept: list[int]) -> dict[str, Any]:
+    """The kept steps that are missing, and the saved state to start from: its folder's name and its record."""
+    run.claim(experiment, identity)
+    missing = run.missing(kept)
+    if not missing:
+        run.finish(identity)  # a process killed after its last checkpoint has not
+        return {"missing": []}
+    before = [
+        (step, folder.name)
+        for folder in (run.restart, run.checkpoints)
+        for step in checkpoint.steps(folder)
+        if step < missing[0]
+    ]
+    if not before:
+        return {"missing": missing, "start": None}
+    step, folder = max(before, key=lambda found: (found[0], found[1] == run.checkpoints.name))
+    place = run.folder / folder
+    checkpoint.verify(place, step)
+    record = checkpoint.record(place, step)
+    if record["fingerprint"] != identity.fingerprint:
+        raise Damaged(
+            place / str(step), f"is a state of the experiment {record['fingerprint']}, expected {identity.fingerprint}"
+        )
+    return {"missing": missing, "start": {"folder": folder, "record": record}}
+
+
+class _Trainer:
+    """One arm under way: its state, and what its next checkpoint will say of the steps so far. A context manager."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        identity: Identity,
+        store: Store,
+        run: RunFolder,
+        settings: Run,
+        devices: jax.sharding.Mesh,
+        name: str,
+        stop: Stop | None,
+    ) -> None:
+        self.experiment, self.identity, self.run, self.settings, self.name = experiment, identity, run, settings, name
+        self.stop = stop
+        data = experiment.data
+        self.program = _program_of(experiment, store, devices, settings)
+        self.rows, self.signals = mesh.batch_sharding(devices), _signals(devices)
+        self.pool = store.windows(data.seq_len, data.windows)
+        self.validation = _validation(store, experiment, settings)
+        self.order = Order(data.windows, data.batch, experiment.seeds.order)
+        self.rate = optim.schedule(experiment.optimiser, experiment.steps)
+        self.numerics = conditions(experiment, settings, devices)
+        self.checkpoints = Checkpoints(run.checkpoints)
+        self.restarts = Checkpoints(run.restart, keep=settings.restarts)
+        self.saved_at = time.monotonic()
+        self.late: tuple[int, dict[str, jax.Array]] | None = None
+
+    def __enter__(self) -> "_Trainer":
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        for store in (self.restarts, self.checkpoints):
+            store.__exit__(*failure)
+
+    def begin(self, start: dict[str, Any] | None, missing: list[int]) -> int:
+        """Takes the saved state, or makes that of step 0; returns its step."""
+        self.missing = missing
+        if start is None:
+            self.step, self.fed = 0, self.identity.inputs["pool"]
+            self.init_hash: str | None = None
+            self.parent: dict[str, Any] | None = None
+            self.early: dict[str, str] = {}
+            self.skipped: list[int] = []
+            self.state = self.program.init(self.experiment.seeds.init, self.experiment.perturb)
+        else:
+            record, folder = start["record"], self.run.folder / start["folder"]
+            like = self.program.state
+            self.state = State(*checkpoint.restore(folder, record["step"], like.params, like.optimiser))
+            if "weights" in record and (got := weight_hash(self.state.params)) != record["weights"]:
+                place = folder / str(record["step"])
+                raise Damaged(place, f"is damaged: its weights have sha256 {got}, expected {record['weights']}")
+            self.step, self.fed, self.init_hash = record["step"], record["order_hash"], record["init_hash"]
+            self.parent = {"step": record["step"], "weights": record["weights"]} if "weights" in record else record["parent"]
+            self.early, self.skipped = dict(record["early"]), list(record["skipped"])
+        after = -1 if start is None else self.step
+        self.log = None
+        if processes.first():
+            self.log = MetricsLog(self.run.metrics, after, missing[-1], self.settings.tensorboard)
+        if start is None:
+            self._keep()
+        return self.step
+
+    def advance(self) -> None:
+        """One step, and what is to be saved after it.
+
+        Raises:
+          UserError: the loss or a gradient is not finite.
+          Stopped: a process was asked to stop.
+        """
+        rows_B = self.order.rows(self.step)
+        self.fed = order_hash(self.fed, rows_B)
+        windows_BT = mesh.lay(self.pool.rows(rows_B), self.rows)
+        self.state, metrics = self.program.step(self.state, windows_BT, self.signals[self._asks()])
+        # A step's metrics are read once the next step is under way, so that the device never waits.
+        asked = self._look()
+        self.step += 1
+        self.late = self.step, metrics
+        due = self.step in self.missing
+        if due or asked or self.step in EARLY:
+            asked = max(asked, self._look())
+        if self.step in EARLY:
+            self.early[str(self.step)] = weight_hash(self.state.params)
+        if due:
+            self._keep()
+        elif asked:
+            self.restarts.save(self.step, *self.state, self._record())
+        if due or asked:
+            self.saved_at = time.monotonic()
+        if asked == _STOP:
+            for store in (self.checkpoints, self.restarts):
+                store.settle(wait=True)
+            raise Stopped(f"arm {self.name} is saved at step {self.step}; the same command goes on from here")
+        for store in (self.checkpoints, self.restarts):
+            store.settle()
+
+    def _asks(self) -> int:
+        if self.stop is not None and self.stop.requested:
+            return _STOP
+        late = time.monotonic() - self.saved_at > 60 * self.settings.save_minutes
+        return _SAVE if processes.first() and late else _GO_ON
+
+    def _look(self) -> int:
+        """Reads the metrics of the last step that were not read yet; what the processes asked for in it."""
+        if self.late is None:
+            return _GO_ON
+        step, metrics = self.late
+        self.late = None
+        values = {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
+        good = {name: value for name, value in values.items() if math.isfinite(value)}
+        if len(good) < len(values):
+            self._not_finite(step, values)
+        if self.log is not None and step % self.settings.log_every == 0:
+            self.log.write(step, **good, learning_rate=float(self.rate(step - 1 - len(self.skipped))))
+        return int(metrics["asked"])
+
+    def _not_finite(self, step: int, values: dict[str, float]) -> None:
+        if self.experiment.optimiser.nonfinite == "skip":
+            self.skipped.append(step)
+            if self.skipped[-SKIPS:] != list(range(step - SKIPS + 1, step + 1)):
+                return
+        what, value = next((name, value) for name, value in values.items() if not math.isfinite(value))
+        self._give_up(step, what.replace("_", " "), value)
+
+    def _give_up(self, step: int, what: str, value: float) -> None:
+        good = "none" if self.parent is None else self.parent["step"]
+        skipped = f", after {SKIPS} skipped steps" if len(self.skipped) >= SKIPS else ""
+        raise UserError(
+            f"arm {self.name}: {what} {value} at step {step}{skipped}, last good checkpoint {good} in {self.run.folder}: "
+            "lower experiment.optimiser.learning_rate"
+        )
+
+    def _record(self) -> dict[str, Any]:
+        data = self.experiment.data
+        return {
+            "fingerprint": self.identity.fingerprint,
+            "step": self.step,
+            "tokens": self.step * data.batch * data.seq_len,
+            "init_hash": self.init_hash,
+            "order_hash": self.fed,
+            "early": dict(self.early),
+            "skipped": list(self.skipped),
+            "parent": self.parent,
+            "numerics": self.numerics,
+            "code": code(),
+        }
+
+    def _keep(self) -> None:
+        weights = weight_hash(self.state.params)
+        losses = [float(self.program.evaluate(self.state.params, mesh.lay(batch, self.rows))) for batch in self.validation]
+        val_loss = math.fsum(losses) / len(losses)
+        if not math.isfinite(val_loss):  # the last update may have spoiled the weights
+            self._give_up(self.step, "validation loss", val_loss)
+        self.init_hash = self.init_hash or weights
+        if self.log is not None:  # first: a process killed between the two drops this line and writes it again
+            self.log.write(self.step, val_loss=val_loss)
+        self.checkpoints.save(self.step, *self.state, {**self._record(), "weights": weights, "val_loss": val_loss})
+        self.parent = {"step": self.step, "weights": weights}
+
+
+def _signals(devices: jax.sharding.Mesh) -> list[jax.Array]:
+    """What a process can ask for, on its own devices: made once, so that it costs nothing a step."""
+    sharding = _one_each(devices)
+    shape = (devices.size,)
+    return [
+        jax.make_array_from_callback(shape, sharding, lambda index, asked=asked: np.full(1, asked, np.int32))  # type: ignore[misc]
+        for asked in (_GO_ON, _SAVE, _STOP)
+    ]
+
+
+def conditions(experiment: Experiment, settings: Run, devices: jax.sharding.Mesh) -> dict[str, Any]:
+    """The numerics record of a training on this machine."""
+    data = experiment.data
+    block = block_length(data.batch // settings.microbatches, data.seq_len)
+    return numerics(devices, batch=data.batch, loss_block=block, microbatches=settings.microbatches, remat=settings.remat)
+
+
+def replay(
+    experiment: Experiment, store: Store, settings: Run, devices: jax.sharding.Mesh, until: int
+) -> Iterator[tuple[int, Params]]:
+    """The weights after each step from the seeds alone, step 0 first; nothing is written. They are given up at the next one."""
+    data = experiment.data
+    program, order = _program_of(experiment, store, devices, settings), Order(data.windows, data.batch, experiment.seeds.order)
+    pool, rows, quiet = store.windows(data.seq_len, data.windows), mesh.batch_sharding(devices), _signals(devices)[_GO_ON]
+    state = program.init(experiment.seeds.init, experiment.perturb)
+    yield 0, state.params
+    for step in range(until):
+        state, _ = program.step(state, mesh.lay(pool.rows(order.rows(step)), rows), quiet)
+        yield step + 1, state.params
+
+
 def check(experiment: Experiment, store: Store, settings: Run, devices: jax.sharding.Mesh) -> None:
     """Raises a UserError if the experiment cannot run on this mesh, or has no whole batch to be validated on."""
-    mesh.check_batch("experiment.data.batch", experiment.data.batch, devices)
+    batch, parts = experiment.data.batch, settings.microbatches
+    if batch % parts:
+        raise UserError(f"experiment.data.batch {batch} does not divide into run.microbatches {parts}")
+    name = "experiment.data.batch" if parts == 1 else f"experiment.data.batch {batch} / run.microbatches {parts} ="
+    mesh.check_batch(name, batch // parts, devices)
     specs = params.table(experiment.model, store.tokenizer.padded_size)
     mesh.check_params(specs, devices)
     if experiment.perturb is not None:

@@ -55,14 +55,15 @@ def one_device():
 def train_arm(tiny_store, one_device):
     """Trains an experiment in a folder and returns its run."""
 
-    def trained(experiment, folder, *, store=tiny_store, devices=one_device, name="arm", advance=lambda n: None, **settings):
+    def trained(
+        experiment, folder, *, store=tiny_store, devices=one_device, name="arm", advance=lambda n: None, stop=None, **settings
+    ):
         data = experiment.data
         pool = store.windows(data.seq_len, data.windows).sha256()
         who = identity(experiment, store.sha256, store.tokenizer.sha256, pool)
         run = RunFolder(folder)
-        train(
-            experiment, who, store, run, Run(**{"log_every": 2, "validation_windows": 16, **settings}), devices, name, advance
-        )
+        chosen = Run(**{"log_every": 2, "validation_windows": 16, **settings})
+        train(experiment, who, store, run, chosen, devices, name, advance, stop)
         return run
 
     return trained

@@ -1,6 +1,7 @@
-"""What is wrong beyond the study's own fields: folders of others, files of others, disks that are full.
+"""What is wrong beyond the study's own fields: folders of others, files of others, damaged files, disks that are full.
 
-Each is answered with one line, exit code 2 and nothing written over; `test_cli` has the mistakes in a study.
+What cannot be mended is answered with one line, exit code 2 and nothing written over; what can be made again is set aside and
+made again, or refused where the user is strict. `test_cli` has the mistakes in a study.
 """
 
 import errno
@@ -8,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -17,9 +19,11 @@ from pathlib import Path
 import jax
 import pytest
 from test_stages import STUDY as TINY
+from test_stages import results
 
-from natfp_jax import cli, config, files, mesh, stages, texts
+from natfp_jax import cli, config, files, mesh, processes, stages, texts
 from natfp_jax.config import Run
+from natfp_jax.stopping import STOPPED
 
 STUDY = replace(TINY, name="small", twin=None, sampling=replace(TINY.sampling, checkpoints=(1.0,)))
 
@@ -32,6 +36,7 @@ def one_of_the_devices():
     make = mesh.make
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mesh, "make", lambda axes: make(axes, jax.devices()[:1]))
+        patch.setattr(processes, "start", lambda *_: None)  # JAX runs in this process already
         yield
 
 
@@ -126,27 +131,153 @@ def test_a_run_folder_that_holds_something_else(refused, out):
 
 def test_the_draw_of_another_arm(refused, out):
     folder = out / "studies" / "small" / "draws"
-    shutil.copy(folder / "init1.step16.draw0.parquet", folder / "init0.step16.draw0.parquet")
+    for name in ("parquet", "manifest.json"):
+        shutil.copy(folder / f"init1.step16.draw0.{name}", folder / f"init0.step16.draw0.{name}")
     assert re.search(r"init0.step16.draw0.parquet was drawn from weights [0-9a-f]{64}, expected [0-9a-f]{64}", refused())
 
 
-@pytest.mark.parametrize("data", [b"", b"PAR1", b"no parquet at all" * 9])
-def test_a_draw_that_is_no_sample_file(refused, out, data):
-    (out / "studies" / "small" / "draws" / "init0.step16.draw0.parquet").write_bytes(data)
-    assert "init0.step16.draw0.parquet is no sample file of natfp" in refused()
+# --- what is damaged --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["study.json", "attribution.json"])
-def test_a_json_file_that_is_cut(refused, out, name):
-    path = out / "studies" / "small" / name
+def cut(path):
     path.write_bytes(path.read_bytes()[:-20])
-    assert f"{path} is not valid JSON" in refused()
 
 
-def test_a_token_store_that_is_cut(refused, out):
-    (path,) = (out / "corpora").glob("*/validation.bin")
-    path.write_bytes(path.read_bytes()[:-2])
-    assert f"{path} has " in refused()
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def hand_written(path):
+    path.write_text('{"record": {"step": 16}, "files": {}, "inputs": "1"}\n')
+
+
+def lose(path):
+    path.unlink()
+
+
+def relabel(path):
+    """Every file is what was written, but the record says other weights: found once they are loaded."""
+    listed = files.read_json(path)
+    files.write_json(path, {**listed, "record": {**listed["record"], "weights": "0" * 64}})
+
+
+DRAW, ATTRIBUTION, STEP = (
+    "studies/small/draws/init0.step16.draw0",
+    "studies/small/attribution.json",
+    "runs/INIT1/checkpoints/16",
+)
+# What is damaged; how; what is set aside; and what is lost beside it, without which nobody would read it.
+DAMAGE = {
+    "draw, cut": (f"{DRAW}.parquet", cut, f"{DRAW}.parquet", [ATTRIBUTION]),
+    "draw, flipped": (f"{DRAW}.parquet", flip, f"{DRAW}.parquet", [ATTRIBUTION]),
+    "draw, empty": (f"{DRAW}.parquet", empty, f"{DRAW}.parquet", [ATTRIBUTION]),
+    "draw's manifest, flipped": (f"{DRAW}.manifest.json", flip, f"{DRAW}.manifest.json", []),
+    "draw's manifest, empty": (f"{DRAW}.manifest.json", empty, f"{DRAW}.manifest.json", []),
+    "attribution, cut": (ATTRIBUTION, cut, ATTRIBUTION, []),
+    "attribution, flipped": (ATTRIBUTION, flip, ATTRIBUTION, []),
+    "attribution, by hand": (ATTRIBUTION, hand_written, ATTRIBUTION, []),
+    "timings": ("studies/small/timings.json", cut, "studies/small/timings.json", []),
+    "summary": ("studies/small/report/summary.json", flip, "studies/small/report/summary.json", []),
+    "ids": ("corpora/*/train-00001-of-00002.bin", flip, "corpora/*", []),
+    "validation": ("corpora/*/validation.bin", cut, "corpora/*", []),
+    "prompts, lost": ("corpora/*/prompts.jsonl", lose, "corpora/*", []),
+    "tokenizer": ("corpora/*/tokenizer.json", flip, "corpora/*", []),
+    "meta, flipped": ("corpora/*/meta.json", flip, "corpora/*", []),
+    "meta, empty": ("corpora/*/meta.json", empty, "corpora/*", []),
+    "data's description": ("data/stories/*/*/dataset_info.json", cut, "data/stories/*/*", []),
+    "data": ("data/stories/*/*/*array_record*", flip, "data/stories/*/*", ["corpora/*/meta.json"]),
+    "data's manifest": ("data/stories/*/*/manifest.json", flip, "data/stories/*/*", []),
+    "checkpoint's manifest": (f"{STEP}/manifest.json", flip, STEP, []),
+    "checkpoint's manifest, lost": (f"{STEP}/manifest.json", lose, STEP, []),
+    "weights": (f"{STEP}/params/d/*", flip, STEP, ["studies/small/draws/init1.step16.draw0.parquet", ATTRIBUTION]),
+    "record": ("runs/INIT1/checkpoints/0/manifest.json", relabel, "runs/INIT1/checkpoints/0", [STEP]),
+    "lineage": ("runs/INIT1/lineage.json", cut, "runs/INIT1/lineage.json", []),
+}
+
+
+@pytest.fixture(params=DAMAGE.values(), ids=DAMAGE)
+def spoilt(request, out):
+    """A finished study with one damage; the path that is to be set aside."""
+    name, damage, aside, lost = request.param
+
+    def one(pattern):
+        return max(out.glob(pattern.replace("INIT1", runs_of(out)["init1"].name)), key=lambda path: path.stat().st_size)
+
+    aside = one(aside)
+    damage(one(name))
+    for other in lost:
+        path = one(other)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return aside
+
+
+def test_damage_is_refused_where_the_user_is_strict(refused, spoilt):
+    said = refused("--strict")
+    assert str(spoilt) in said
+    assert said.endswith(": remove it, or run the same command without --strict")
+
+
+def test_damage_is_set_aside_and_made_again_otherwise(monkeypatch, capsys, study, finished, out, spoilt):
+    monkeypatch.setattr(sys, "argv", ["natfp", "run", str(study), "--out", str(out)])
+    damaged = {p.relative_to(spoilt): p.read_bytes() for p in [spoilt, *spoilt.rglob("*")] if p.is_file()}
+    cli.main()
+    said = capsys.readouterr()
+    aside = spoilt.with_name(f"{spoilt.name}.damaged")
+    told = " ".join(said.err.split())  # lines are folded
+    assert f"set aside as {aside}, going on from what is whole".replace(" ", "") in told.replace(" ", "")
+    assert str(spoilt) in told.replace(" ", "")
+    assert told.count("set aside as") == 1
+    assert "init 0 vs 1" in said.out
+    assert {p.relative_to(aside): p.read_bytes() for p in [aside, *aside.rglob("*")] if p.is_file()} == damaged
+    assert results(out, "small") == results(finished, "small")
+    before = tree(out)
+    cli.main()  # and all is well
+    again = capsys.readouterr()
+    assert (again.out, again.err) == (said.out, "")
+    assert tree(out) == before
+
+
+def test_damage_of_the_same_file_again_has_another_name(monkeypatch, study, finished, out):
+    monkeypatch.setattr(sys, "argv", ["natfp", "run", str(study), "--out", str(out)])
+    path = out / ATTRIBUTION
+    for name in ("attribution.json.damaged", "attribution.json.damaged-2", "attribution.json.damaged-3"):
+        path.write_text(name)
+        cli.main()
+        assert path.with_name(name).read_text() == name
+    assert results(out, "small") == results(finished, "small")
+
+
+@pytest.mark.parametrize("strict", [[], ["--strict"]])
+@pytest.mark.parametrize("name", ["studies/small/study.json", "studies/small/arms.json", "runs/INIT1/experiment.json"])
+@pytest.mark.parametrize("damage", [cut, flip, empty, hand_written])
+def test_a_damaged_owner_is_refused_in_any_case(refused, out, name, damage, strict):
+    """Whose folder it is cannot be made again."""
+    path = out / name.replace("INIT1", runs_of(out)["init1"].name)
+    damage(path)
+    assert f"{path} is " in refused(*strict)
+    assert not list(out.rglob("*.damaged"))
+
+
+def test_a_damaged_log_is_told_of_and_changes_no_number(monkeypatch, capsys, study, finished, out):
+    path = runs_of(out)["init1"] / "metrics.jsonl"
+    flip(path)
+    monkeypatch.setattr(sys, "argv", ["natfp", "run", str(study), "--out", str(out)])
+    cli.main()
+    told = capsys.readouterr().err.replace("\n", "").replace(" ", "")
+    assert (
+        f"{path} has 5 whole lines and 1 damaged ones, expected 6 whole ones: the curves show what is whole".replace(" ", "")
+        in told
+    )
+    found, whole = results(out, "small"), results(finished, "small")
+    found.pop("metrics"), whole.pop("metrics")
+    assert found == whole
+    assert not list(out.rglob("*.damaged"))
 
 
 @pytest.mark.parametrize(("verb", "needed"), [("sample", "train"), ("attribute", "train"), ("report", "attribute")])
@@ -202,7 +333,7 @@ def test_a_disk_that_takes_no_more(refused, out, monkeypatch, error, told, lost)
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((texts.pq, "write_table") if lost == "draws" else (files.json, "dump")), full)
+        patch.setattr(*((texts.pq, "write_table") if lost == "draws" else (files, "_sealed")), full)
         said = refused()
     assert said == f"natfp: {told}: make room or give another --out, then run the same command again"
     assert not list(out.rglob("*.tmp"))
@@ -258,19 +389,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start it
 from natfp_jax import cli
 def work(*_):
     try:  # as in a callback of a library
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), int(number))
         time.sleep(9)
-    except KeyboardInterrupt:
+    except BaseException:
         print("ignored")
-cli._perform = work
-sys.argv = ["natfp", "run", "study.py"]
+cli._stages = work
+study, number = sys.argv[1:]
+sys.argv = ["natfp", "run", study]
 cli.main()
 """
 
 
-def test_an_interrupt_that_a_library_would_swallow_ends_the_process():
-    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False)
-    assert done.returncode == 130
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_a_library_would_swallow_ends_the_process(number, study):
+    command = [sys.executable, "-c", SWALLOWED, str(study), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == STOPPED == 75
     assert (done.stdout, done.stderr) == ("", "natfp: stopped; the same command goes on from here\n")
 
 

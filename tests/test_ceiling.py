@@ -18,8 +18,8 @@ from natfp_jax.config import Attribution
 from natfp_jax.sample import Strategy, draw_key
 
 
-def scored(tree, prompts, texts, vocabulary, strategy=STRATEGIES[0], batch=100, devices=1):
-    over = mesh.make(config.Mesh(), jax.devices()[:devices])
+def scored(tree, prompts, texts, vocabulary, strategy=STRATEGIES[0], batch=100, devices=1, replica=1):
+    over = mesh.make(config.Mesh(replica=replica), jax.devices()[:devices])
     tree = jax.device_put(tree, mesh.replicated(over))
     return log_likelihood(tree, prompts, texts, MODEL, strategy, vocabulary, batch, over)
 
@@ -90,7 +90,9 @@ def test_a_likelihood_depends_on_neither_companions_nor_batch_nor_mesh():
     order = np.random.default_rng(0).permutation(130)
     permuted = scored(tree, [prompts[i] for i in order], [texts[i] for i in order], SMALL)
     np.testing.assert_array_equal(permuted, whole[order])
-    np.testing.assert_allclose(scored(tree, prompts, texts, SMALL, batch=64, devices=8), whole, atol=1e-4)
+    for replica in (1, 2, 8):
+        found = scored(tree, prompts, texts, SMALL, batch=64, devices=8, replica=replica)
+        np.testing.assert_allclose(found, whole, atol=1e-4)
 
 
 # --- verdicts on texts of models --------------------------------------------------------------------------------------

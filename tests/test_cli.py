@@ -1,6 +1,5 @@
 """The command line as its users meet it: real processes for the whole, `main` in this process for what it refuses."""
 
-import json
 import os
 import re
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from natfp_jax import cli
+from natfp_jax import cli, files, processes
 
 NATFP = Path(sys.executable).with_name("natfp")
 TINY = """
@@ -74,8 +73,9 @@ def test_run_does_everything_and_stages_one_by_one_give_the_same(tiny, tmp_path)
 
     summaries = []
     for out in (tmp_path / "a", tmp_path / "b"):
-        summary = json.loads((out / "studies" / "tiny" / "report" / "summary.json").read_text())
-        summaries.append({name: value for name, value in summary.items() if name not in ("stages", "inputs")})
+        summary = files.read_json(out / "studies" / "tiny" / "report" / "summary.json")
+        files.verify(out / "studies" / "tiny" / "report", summary["files"])
+        summaries.append({name: value for name, value in summary.items() if name not in ("stages", "inputs", "files")})
     assert summaries[0] == summaries[1]
     assert all(arm["seeds"]["order"] in (0, 1) for arm in summaries[0]["arms"]), "a factor's levels stand above the base value"
 
@@ -84,18 +84,33 @@ def test_run_does_everything_and_stages_one_by_one_give_the_same(tiny, tmp_path)
     assert again.stderr == "", "nothing was left to do"
 
 
-def test_interrupting_says_how_to_go_on(tiny, tmp_path):
-    # An exception from inside the work stands for the signal, which a test runner would catch itself.
-    script = (
-        "import natfp_jax.cli as c\n"
-        "def stop(*_): raise KeyboardInterrupt\n"
-        "c._perform = stop\n"
-        f"import sys; sys.argv = ['natfp', 'run', {str(tiny)!r}]\n"
-        "c.main()"
-    )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert ended.returncode == 130
-    assert ended.stderr == "natfp: stopped; the same command goes on from here\n"
+SIGNALLED = """
+import os, signal, sys
+name, handler, study = sys.argv[1:]
+number = signal.Signals[name]
+signal.signal(number, {"own": signal.SIG_DFL, "ignored": signal.SIG_IGN}[handler])
+from natfp_jax import cli, files, processes
+def work(*_):
+    os.kill(os.getpid(), number)
+    print("goes on")
+cli._stages = work
+sys.argv = ["natfp", "run", study]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_outside_of_training_ends_the_process_at_once_and_says_how_to_go_on(tiny, name):
+    def done(handler):
+        return subprocess.run(
+            [sys.executable, "-c", SIGNALLED, name, handler, tiny], capture_output=True, text=True, check=False
+        )
+
+    ended = done("own")
+    assert ended.returncode == 75
+    assert (ended.stdout, ended.stderr) == ("", "natfp: stopped; the same command goes on from here\n")
+    ended = done("ignored")  # whoever started this process, such as nohup, has its own way with the signal
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "goes on\n", "")
 
 
 def test_help_names_every_verb_and_option():
@@ -105,7 +120,7 @@ def test_help_names_every_verb_and_option():
         assert verb in said.stdout
     said = natfp("run", "--help")
     assert said.returncode == 0
-    for word in ("STUDY", "PATH=VALUE", "--out DIR", "configs/quickstart.py"):
+    for word in ("STUDY", "PATH=VALUE", "--out DIR", "--strict", "--coordinator HOST:PORT", "configs/quickstart.py"):
         assert word in said.stdout
 
 
@@ -115,6 +130,8 @@ def test_help_names_every_verb_and_option():
 @pytest.fixture
 def refused(monkeypatch, capsys, tiny, tmp_path):
     """Runs `natfp run` in this process, which must end with 2, and returns its one line on standard error."""
+
+    monkeypatch.setattr(processes, "start", lambda *_: None)  # JAX runs in this process already
 
     def run(*overrides, study=tiny):
         out = tmp_path / "out"
@@ -206,7 +223,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_stays(refused, monkeyp
 def test_another_study_under_the_same_name_is_refused_with_both_hashes(refused, tmp_path, tiny):
     folder = tmp_path / "out" / "studies" / "tiny"
     folder.mkdir(parents=True)
-    (folder / "study.json").write_text('{"fingerprint": "0123456789abcdef0", "study": {"name": "tiny"}}')
-    (folder / "arms.json").write_text("{}")
+    files.write_json(folder / "study.json", {"fingerprint": "0123456789abcdef0", "study": {"name": "tiny"}})
+    files.write_json(folder / "arms.json", {})
     said = refused()
     assert re.search(r"holds the study 0123456789abcdef, expected [0-9a-f]{16} \(they differ in ", said)

@@ -281,7 +281,7 @@ def test_a_missing_study(tmp_path):
 
 def another(name, value):
     """A valid value of a field that differs from `value`."""
-    texts = {"mlp": "gelu", "dtype": "bfloat16", "schedule": "linear"}
+    texts = {"mlp": "gelu", "dtype": "bfloat16", "schedule": "linear", "nonfinite": "skip"}
     numbers = {"kv_heads": 2, "mlp_width": 96}
     if name in texts:
         return texts[name]

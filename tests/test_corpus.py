@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -6,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -19,10 +21,10 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natfp_jax import ingest
+from natfp_jax import files, ingest
 from natfp_jax.config import Corpus, Stories, TextFolder, Tfds
 from natfp_jax.corpus import prepare
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Damaged, UserError
 from natfp_jax.progress import Progress
 from natfp_jax.tokenizer import EOS, Tokenizer
 from natfp_jax.windows import Windows
@@ -167,7 +169,7 @@ def test_jax_is_not_needed(store):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from natfp_jax import ingest
+from natfp_jax import files, ingest
 from natfp_jax.config import from_json, Corpus
 from natfp_jax.corpus import prepare
 from natfp_jax.progress import Progress
@@ -459,24 +461,134 @@ def test_a_folder_of_another_corpus_is_refused(store, tmp_path):
         prepared(CORPUS, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["train-00001-of-00003.bin", "validation.bin", "prompts.jsonl", "tokenizer.json"])
-def test_a_damaged_store_is_not_opened(store, tmp_path, name):
-    folder = tmp_path / "corpora" / store.folder.name
-    shutil.copytree(store.folder, folder)
-    os.truncate(folder / name, 10)
-    with pytest.raises(UserError, match=rf"{name} has 10 bytes, expected \d+ bytes: remove .* and run the same command again"):
-        prepared(CORPUS, tmp_path)
-    (folder / name).unlink()
-    with pytest.raises(UserError, match=f"{name} is missing, expected"):
-        prepared(CORPUS, tmp_path)
+def damaged(corpus, root):
+    with pytest.raises(Damaged) as caught:
+        prepared(corpus, root)
+    one_line(caught)
+    return caught.value
 
 
-def test_another_tokenizer_in_the_store_is_found(store, tmp_path):
+@pytest.fixture
+def copy(store, tmp_path):
+    """The folder of a copy of the store, below tmp_path."""
     folder = tmp_path / "corpora" / store.folder.name
     shutil.copytree(store.folder, folder)
-    Tokenizer(store.tokenizer.file.replace(b'"ignore_merges":false', b'"ignore_merges":true ')).save(folder / "tokenizer.json")
-    with pytest.raises(UserError, match=r"tokenizer.json has sha256 \w+, expected"):
-        prepared(CORPUS, tmp_path)
+    return folder
+
+
+NAMES = ["train-00001-of-00003.bin", "validation.bin", "prompts.jsonl", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_store_is_not_opened_and_made_again_once_it_is_set_aside(store, copy, tmp_path, name):
+    size = (copy / name).stat().st_size
+    os.truncate(copy / name, 10)
+    damage = damaged(CORPUS, tmp_path)
+    assert damage.path == copy
+    assert damage.why == f"is damaged: {name} has 10 bytes, expected {size} bytes"
+    (copy / name).unlink()
+    assert damaged(CORPUS, tmp_path).why == f"is damaged: {name} is missing, expected {size} bytes"
+    aside = files.set_aside(copy)
+    assert aside == copy.with_name(f"{copy.name}.damaged")
+    assert contents(prepared(CORPUS, tmp_path).folder) == contents(store.folder)
+    assert (aside / "meta.json").read_bytes() == (store.folder / "meta.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_wrong_bit_in_the_store_is_found(store, copy, tmp_path, name):
+    whole = (copy / name).read_bytes()
+    for place in (0, len(whole) // 2, len(whole) - 1):
+        (copy / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        damage = damaged(CORPUS, tmp_path)
+        assert damage.path == copy
+        assert re.fullmatch(f"is damaged: {name} has sha256 [0-9a-f]{{64}}, expected [0-9a-f]{{64}}", damage.why)
+    (copy / name).write_bytes(whole)
+    assert prepared(CORPUS, tmp_path).meta == store.meta
+
+
+def test_one_wrong_bit_in_the_description_of_the_store_is_found(store, copy, tmp_path):
+    whole = (copy / "meta.json").read_bytes()
+    for place in range(0, len(whole), 29):
+        (copy / "meta.json").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        damage = damaged(CORPUS, tmp_path)
+        assert damage.path == copy
+        assert damage.why.startswith("is damaged: its meta.json is ")
+
+
+def test_another_tokenizer_in_the_store_is_found(store, copy, tmp_path):
+    """Of the same size, and one that loads."""
+    Tokenizer(store.tokenizer.file.replace(b'"ignore_merges":false', b'"ignore_merges":true ')).save(copy / "tokenizer.json")
+    assert damaged(CORPUS, tmp_path).why.startswith("is damaged: tokenizer.json has sha256 ")
+
+
+def test_the_hash_is_recomputed_from_the_files(store, copy):
+    assert store.recomputed() == store.sha256
+    again = dataclasses.replace(store, folder=copy)
+    data = bytearray((copy / "train-00002-of-00003.bin").read_bytes())
+    data[-1] ^= 1
+    (copy / "train-00002-of-00003.bin").write_bytes(data)
+    assert again.recomputed() != again.sha256 == store.sha256
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """What a pass leaves that is killed in its middle: a root, and the store's folder in it."""
+    root = tmp_path_factory.mktemp("begun")
+    fsyncs = 0
+    while not (found := list(root.rglob("progress.sqlite"))) or not list(root.rglob("train-*.bin")) or fsyncs < 150:
+        fsyncs += 50
+        with killable(root, fsyncs) as process:
+            process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    return root, found[0].parent
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00003.bin", "validation.bin", "prompts.jsonl"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_what_a_killed_pass_left_is_checked_before_it_goes_on(store, begun, tmp_path, name, cut):
+    shutil.copytree(begun[0], tmp_path / "root")
+    folder = tmp_path / "root" / begun[1].relative_to(begun[0])
+    whole = (folder / name).read_bytes()
+    assert len(whole) > 100
+    (folder / name).write_bytes(whole[:5] if cut else whole[:5] + bytes([whole[5] ^ 1]) + whole[6:])
+    damage = damaged(CORPUS, tmp_path / "root")
+    assert damage.path == folder
+    assert damage.why == f"is damaged: {name} is not what an earlier pass left"
+    files.set_aside(folder)
+    assert contents(prepared(CORPUS, tmp_path / "root").folder) == contents(store.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("UPDATE counts SET value = value + 1 WHERE name = 'read'", "counts"),
+        ("UPDATE counts SET value = value - 2 WHERE name = 'validation.bin'", "validation.bin"),
+        ("DELETE FROM seen WHERE digest = (SELECT max(digest) FROM seen)", "seen"),
+        ("INSERT INTO seen VALUES (x'00')", "seen"),
+        ("UPDATE seals SET value = '0' WHERE name = 'seen'", "seen"),
+        ("DELETE FROM seals WHERE name = 'train-00002-of-00003.bin'", "train-00002-of-00003.bin"),
+    ],
+)
+def test_what_a_killed_pass_noted_is_checked_before_it_goes_on(begun, tmp_path, change, what):
+    shutil.copytree(begun[0], tmp_path / "root")
+    folder = tmp_path / "root" / begun[1].relative_to(begun[0])
+    with contextlib.closing(sqlite3.connect(folder / "progress.sqlite")) as database:
+        assert database.execute(change).rowcount == 1
+        database.commit()
+    damage = damaged(CORPUS, tmp_path / "root")
+    assert damage.path == folder
+    assert damage.why == f"is damaged: {what} is not what an earlier pass left"
+
+
+def test_a_spoilt_database_of_a_killed_pass_is_damage(store, begun, tmp_path):
+    shutil.copytree(begun[0], tmp_path / "root")
+    folder = tmp_path / "root" / begun[1].relative_to(begun[0])
+    (folder / "progress.sqlite").write_bytes(b"no database" * 999)
+    damage = damaged(CORPUS, tmp_path / "root")
+    assert damage.path == folder
+    assert damage.why.startswith("is damaged: progress.sqlite cannot be read (")
+    files.set_aside(folder)
+    assert contents(prepared(CORPUS, tmp_path / "root").folder) == contents(store.folder)
 
 
 def test_a_given_tokenizer_makes_its_own_store(store, tmp_path):

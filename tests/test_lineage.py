@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from natfp_jax import lineage, params
-from natfp_jax.config import Experiment, Perturb, Seeds, fingerprint, from_json, replace
-from natfp_jax.lineage import identity, numerics, weight_hash
+from natfp_jax import __version__, files, lineage, mesh, params
+from natfp_jax.config import Experiment, Mesh, Perturb, Run, Seeds, fingerprint, from_json, replace
+from natfp_jax.lineage import code, identity, numerics, weight_hash
 from natfp_jax.order import Order, order_hash
-from natfp_jax.train import load_params
+from natfp_jax.train import load_params, replay
 
 TREE = {"a": {"x": np.array([[1.0, -2.0], [0.0, 4.0]], np.float32)}, "b": np.array([5.0, 6.0, 7.0, 8.0], np.float32)}
 
@@ -79,10 +81,25 @@ def test_each_checkpoint_names_its_parent(tiny, tiny_store, one_device, tiny_run
         rows = np.concatenate([order.rows(s) for s in range(step)]) if step else rows
         assert record["order_hash"] == order_hash(pool.sha256(), rows)
         assert record["fingerprint"] == tiny_run_identity(tiny, tiny_store).fingerprint
-        assert record["numerics"] == numerics(one_device, batch=8, loss_block=32)
+        assert record["numerics"] == numerics(one_device, batch=8, loss_block=32, microbatches=1, remat="none")
+        assert record["code"] == code()
+        assert record["skipped"] == []
     assert len({record["weights"] for record in records.values()}) == 4
+    for step, record in records.items():
+        assert list(record["early"]) == [name for name in ("1", "2", "4", "8") if int(name) <= step]
+        assert record["early"].items() <= records[16]["early"].items()
+    assert records[16]["early"]["4"] == records[4]["weights"]
+    assert records[16]["early"]["8"] == records[8]["weights"]
+    assert len(set(records[16]["early"].values())) == 4
     fresh = params.init(params.table(tiny.model, tiny_store.tokenizer.padded_size), tiny.seeds.init)
     assert records[0]["weights"] == weight_hash(fresh)
+
+
+def test_the_early_weights_are_those_that_follow_from_the_seeds_alone(tiny, tiny_store, one_device, tiny_run):
+    found = {step: weight_hash(tree) for step, tree in replay(tiny, tiny_store, Run(), one_device, 8)}
+    assert list(found) == list(range(9))
+    assert found[0] == tiny_run.record(0)["weights"]
+    assert {step: found[int(step)] for step in ("1", "2", "4", "8")} == tiny_run.record(16)["early"]
 
 
 def tiny_run_identity(tiny, store):
@@ -91,25 +108,63 @@ def tiny_run_identity(tiny, store):
 
 def test_the_files_of_a_run_hold_its_identity_and_records(tiny, tiny_store, tiny_run):
     who = tiny_run_identity(tiny, tiny_store)
-    owner = json.loads((tiny_run.folder / "experiment.json").read_text())
+    owner = files.read_json(tiny_run.folder / "experiment.json")
     assert owner["fingerprint"] == who.fingerprint
     assert owner["inputs"] == who.inputs
     assert fingerprint(from_json(Experiment, owner["experiment"]), owner["inputs"]) == who.fingerprint
-    assert json.loads((tiny_run.folder / "lineage.json").read_text()) == {
+    log = (tiny_run.folder / "metrics.jsonl").read_bytes()
+    assert files.read_json(tiny_run.folder / "lineage.json") == {
         "fingerprint": who.fingerprint,
         "inputs": who.inputs,
         "checkpoints": [tiny_run.record(step) for step in (0, 4, 8, 16)],
+        "metrics": {"lines": log.count(b"\n"), "sha256": hashlib.sha256(log).hexdigest()},
     }
+    assert tiny_run.records() == [tiny_run.record(step) for step in (0, 4, 8, 16)]
+    assert not tiny_run.restart.exists()  # of no use any more
+
+
+def test_the_code_is_that_of_all_source_files(tmp_path, monkeypatch):
+    """A copy has the same; one more space or another name makes another."""
+    package = Path(lineage.__file__).parent
+    assert code() == f"{__version__} {code().split()[1]}"
+    assert len(code().split()[1]) == 64
+    copy = tmp_path / "natfp_jax"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(lineage, "__file__", str(copy / "lineage.py"))
+    found = [code.__wrapped__()]
+    path = copy / "datasets" / "stories.py"
+    path.write_text(path.read_text() + " ")
+    found.append(code.__wrapped__())
+    path.rename(copy / "stories.py")
+    found.append(code.__wrapped__())
+    assert found[0] == code()
+    assert len(set(found)) == 3
 
 
 def test_the_numerics_record_says_what_bits_depend_on(one_device):
     record = numerics(one_device, batch=3)
     assert record["batch"] == 3
-    assert record["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert record["mesh"] == {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1}
+    assert record["collectives"] == "none"
     assert record["backend"] == "cpu"
-    assert record["xla_flags"] == "--xla_force_host_platform_device_count=8"
     assert record["versions"]["jax"] == jax.__version__
     assert json.loads(json.dumps(record)) == record
+    assert numerics(mesh.make(Mesh(2, 2, 2, 1)))["collectives"] == "host"
+
+
+@pytest.mark.parametrize(
+    ("flags", "recorded"),
+    [
+        ("", ""),
+        ("--xla_force_host_platform_device_count=8", ""),  # the mesh says how many devices there are
+        ("--xla_cpu_enable_fast_math=true", "--xla_cpu_enable_fast_math=true"),
+        ("--xla_a=1 --xla_force_host_platform_device_count=16 --xla_b=2", "--xla_a=1 --xla_b=2"),
+        ("--xla_force_host_platform_device_count=2 --xla_a=1", "--xla_a=1"),
+    ],
+)
+def test_the_numerics_record_has_every_flag_but_the_number_of_devices(flags, recorded, one_device, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert numerics(one_device)["xla_flags"] == recorded
 
 
 @pytest.mark.parametrize("ulps", [1, -2])

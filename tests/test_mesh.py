@@ -19,53 +19,74 @@ def refused(call, *args):
     return str(caught.value)
 
 
-def made(data, fsdp, tensor, devices=8):
-    return mesh.make(config.Mesh(data, fsdp, tensor), jax.devices()[:devices])
+def made(replica, data, fsdp, tensor, devices=8):
+    return mesh.make(config.Mesh(replica, data, fsdp, tensor), jax.devices()[:devices])
 
 
 @pytest.mark.parametrize(
     ("asked", "devices", "sizes"),
     [
-        ((0, 1, 1), 8, (8, 1, 1)),
-        ((0, 2, 2), 8, (2, 2, 2)),
-        ((1, 1, 1), 1, (1, 1, 1)),
-        ((1, 4, 2), 8, (1, 4, 2)),
-        ((0, 3, 1), 6, (2, 3, 1)),
+        ((1, 0, 1, 1), 8, (1, 8, 1, 1)),
+        ((1, 0, 2, 2), 8, (1, 2, 2, 2)),
+        ((1, 1, 1, 1), 1, (1, 1, 1, 1)),
+        ((1, 1, 4, 2), 8, (1, 1, 4, 2)),
+        ((1, 0, 3, 1), 6, (1, 2, 3, 1)),
+        ((2, 0, 1, 1), 8, (2, 4, 1, 1)),
+        ((2, 0, 2, 2), 8, (2, 1, 2, 2)),
+        ((8, 0, 1, 1), 8, (8, 1, 1, 1)),
     ],
 )
 def test_data_takes_what_the_other_axes_leave(asked, devices, sizes):
     made_mesh = made(*asked, devices)
     assert tuple(made_mesh.shape[axis] for axis in mesh.AXES) == sizes
+    assert made_mesh.axis_names == mesh.AXES == ("replica", "data", "fsdp", "tensor")
     assert made_mesh.devices.reshape(-1).tolist() == jax.devices()[:devices]
     assert set(made_mesh.axis_types) == {AxisType.Auto}
 
 
-@pytest.mark.parametrize("asked", [(3, 1, 1), (0, 3, 1), (2, 2, 1), (0, 16, 1), (8, 2, 1)])
+@pytest.mark.parametrize(
+    "asked", [(1, 3, 1, 1), (1, 0, 3, 1), (1, 2, 2, 1), (1, 0, 16, 1), (1, 8, 2, 1), (3, 0, 1, 1), (2, 8, 1, 1)]
+)
 def test_axes_that_do_not_multiply_to_the_devices(asked):
-    data, fsdp, tensor = asked
-    expected = f"run.mesh data {data or 'rest'} x fsdp {fsdp} x tensor {tensor} does not multiply to the 8 devices at hand"
+    replica, data, fsdp, tensor = asked
+    expected = (
+        f"run.mesh replica {replica} x data {data or 'rest'} x fsdp {fsdp} x tensor {tensor} "
+        "does not multiply to the 8 devices at hand"
+    )
     assert refused(made, *asked) == expected
 
 
 def test_a_batch_divides_over_the_axes_that_hold_rows():
     for batch in (4, 8):
-        mesh.check_batch("batch", batch, made(2, 2, 2))
-    message = refused(mesh.check_batch, "experiment.data.batch", 6, made(2, 2, 2))
+        mesh.check_batch("batch", batch, made(1, 2, 2, 2))
+    message = refused(mesh.check_batch, "experiment.data.batch", 6, made(1, 2, 2, 2))
     assert message == "experiment.data.batch 6 does not divide over data 2 x fsdp 2 = 4 devices"
+
+
+def test_replicas_share_a_batch_of_training_and_divide_one_of_texts():
+    devices = made(2, 2, 2, 1)
+    mesh.check_batch("experiment.data.batch", 4, devices)
+    mesh.check_batch("sampling.batch", 8, devices, texts=True)
+    message = refused(mesh.check_batch, "sampling.batch", 12, devices, True)
+    assert message == "sampling.batch 12 does not divide over replica 2 x data 2 x fsdp 2 = 8 devices"
+    message = refused(mesh.check_batch, "sampling.batch", 6, made(1, 2, 2, 2), True)
+    assert message == "sampling.batch 6 does not divide over data 2 x fsdp 2 = 4 devices"  # no word of replicas without any
+    assert mesh.text_ways(devices) == 8
+    assert mesh.text_ways(made(1, 2, 2, 2)) == mesh.text_ways(made(4, 1, 1, 2)) == 4
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 1, 8), "parameter layers/attention/q: N = 4 does not divide over mesh.tensor = 8"),
-        ((2, 1, 4), "parameter layers/attention/k: K = 2 does not divide over mesh.tensor = 4"),
+        ((1, 1, 1, 8), "parameter layers/attention/q: N = 4 does not divide over mesh.tensor = 8"),
+        ((1, 2, 1, 4), "parameter layers/attention/k: K = 2 does not divide over mesh.tensor = 4"),
     ],
 )
 def test_a_dimension_that_does_not_divide(shape, message):
     assert refused(mesh.check_params, SPECS, made(*shape)) == message
-    mesh.check_params(SPECS, made(1, 4, 2))
+    mesh.check_params(SPECS, made(1, 1, 4, 2))
     odd = params.table(Model(width=36, heads=2), 384)
-    assert refused(mesh.check_params, odd, made(1, 8, 1)) == "parameter embedding: D = 36 does not divide over mesh.fsdp = 8"
+    assert refused(mesh.check_params, odd, made(1, 1, 8, 1)) == "parameter embedding: D = 36 does not divide over mesh.fsdp = 8"
 
 
 def test_every_parameter_lies_as_its_letters_say():
@@ -83,18 +104,38 @@ def test_every_parameter_lies_as_its_letters_say():
         "norm": ("fsdp",),
         "head": ("fsdp", "tensor"),
     }
-    found = params.flatten(mesh.param_shardings(made(2, 2, 2), SPECS))
+    found = params.flatten(mesh.param_shardings(made(1, 2, 2, 2), SPECS))
     assert {path: sharding.spec for path, sharding in found.items()} == {p: PartitionSpec(*s) for p, s in expected.items()}
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (4, 1, 2), (1, 1, 8)])
+SHAPES = [(1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 8, 1), (1, 4, 1, 2), (1, 1, 1, 8), (2, 2, 2, 1), (8, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_batch_is_the_same_on_every_mesh(shape):
     rows = np.arange(8 * 5, dtype=np.int32).reshape(8, 5)
     devices = made(*shape)
-    laid = jax.device_put(rows, mesh.batch_sharding(devices))
-    np.testing.assert_array_equal(laid, rows)
-    here = 8 // (shape[0] * shape[1])
-    assert {shard.data.shape for shard in laid.addressable_shards} == {(here, 5)}
-    for shard in laid.addressable_shards:
-        np.testing.assert_array_equal(shard.data, rows[shard.index])
-    assert len(jax.device_put(rows, mesh.replicated(devices)).sharding.device_set) == 8
+    replica, data, fsdp, _ = shape
+    for sharding, ways in ((mesh.batch_sharding(devices), data * fsdp), (mesh.text_sharding(devices), replica * data * fsdp)):
+        laid = mesh.lay(rows, sharding)
+        np.testing.assert_array_equal(laid, rows)
+        assert {shard.data.shape for shard in laid.addressable_shards} == {(8 // ways, 5)}
+        for shard in laid.addressable_shards:
+            np.testing.assert_array_equal(shard.data, rows[shard.index])
+    assert len(mesh.lay(rows, mesh.replicated(devices)).sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_activation_lies_as_its_letters_say(shape):
+    devices = made(*shape)
+    array = jax.numpy.arange(8 * 3 * 8 * 2.0).reshape(8, 3, 8, 2)
+    laid = jax.jit(lambda x: mesh.constrain(x, "BTNH", devices))(array)
+    np.testing.assert_array_equal(laid, array)
+    _, data, fsdp, tensor = shape
+    assert {shard.data.shape for shard in laid.addressable_shards} == {(8 // (data * fsdp), 3, 8 // tensor, 2)}
+
+
+def test_an_activation_without_a_mesh_or_on_one_device_is_left_alone():
+    array = jax.numpy.ones((2, 3))
+    assert mesh.constrain(array, "BT", None) is array
+    assert mesh.constrain(array, "BT", made(1, 1, 1, 1, devices=1)) is array

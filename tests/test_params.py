@@ -18,10 +18,10 @@ BASE = Model(width=32, layers=2, heads=4)
 UNTIED = config.replace(BASE, "tied", False)
 
 
-def initial(model=BASE, seed=0, devices=None):
+def initial(model=BASE, seed=0, devices=None, perturb=None):
     specs = params.table(model, PADDED)
     shardings = None if devices is None else mesh.param_shardings(devices, specs)
-    return params.init(specs, seed, shardings)
+    return params.init(specs, seed, shardings, perturb)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,9 @@ def assert_same(one, other, except_for=()):
 # --- invariant 2 ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (4, 1, 2), (1, 1, 4)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 8, 1), (1, 4, 1, 2), (1, 1, 1, 4), (2, 1, 2, 2), (8, 1, 1, 1)]
+)
 def test_init_is_the_same_on_every_mesh(shape, base):
     devices = mesh.make(config.Mesh(*shape), jax.devices()[: math.prod(shape)])
     tree = initial(devices=devices)
@@ -185,11 +187,11 @@ def test_widths_and_heads_must_fit(model, part):
 
 
 @pytest.mark.parametrize("ulps", [1, -1, 3, -7])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 2, 2), (2, 1, 2, 2)])
 def test_a_twin_differs_in_one_weight_by_the_ulps(ulps, shape, base):
     devices = mesh.make(config.Mesh(*shape), jax.devices()[: math.prod(shape)])
     tree = initial(devices=devices)
-    twin = params.perturbed(tree, Perturb("layers/attention/q", 1234, ulps))
+    twin = initial(devices=devices, perturb=Perturb("layers/attention/q", 1234, ulps))
     flat = params.flatten(twin)
     assert_same(base, flat, except_for={"layers/attention/q"})
     before = base["layers/attention/q"].reshape(-1).view(np.int32).astype(np.int64)
@@ -210,7 +212,9 @@ def test_a_twin_differs_in_one_weight_by_the_ulps(ulps, shape, base):
     ],
 )
 def test_a_twin_of_nothing(perturb, parts):
-    with pytest.raises(UserError) as caught:
-        params.perturbed(initial(), perturb)
-    assert all(part in str(caught.value) for part in parts)
-    assert "\n" not in str(caught.value)
+    shapes = {path: spec.shape for path, spec in params.table(BASE, PADDED).items()}
+    for call in (lambda: initial(perturb=perturb), lambda: params.check_perturb(shapes, perturb)):
+        with pytest.raises(UserError) as caught:
+            call()
+        assert all(part in str(caught.value) for part in parts)
+        assert "\n" not in str(caught.value)

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from natfp_jax import figures, files, findings, report
+from natfp_jax import figures, files, findings, report, texts
 from natfp_jax.config import Attribution, Data, Experiment, Factor, Perturb, Run, Sampling, Study, to_json
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Damaged, UserError
 from natfp_jax.lock import alone
 from natfp_jax.page import markdown
+from natfp_jax.runs import MetricsLog
 from natfp_jax.status import status
 from natfp_jax.study import arms, comparisons, draws, lacking
 
@@ -85,6 +86,7 @@ def summary_of(study=SMALL, change=None, **fields):
             "val_loss": 4.25,
             "steps": 200,
             "tokens": 409_600,
+            "skipped": [],
         }
         for arm in arms(study)
     ]
@@ -115,7 +117,7 @@ FIELDS = {
 }
 CORPUS = {"name": TEXT, "sha256": TEXT, "tokens": int}
 HASHES = dict.fromkeys(("fingerprint", "init_hash", "order_hash", "final_hash"), TEXT)
-ARM = {"id": TEXT, "seeds": dict, "val_loss": NUMBER, "steps": int, "tokens": int, **HASHES}
+ARM = {"id": TEXT, "seeds": dict, "val_loss": NUMBER, "steps": int, "tokens": int, "skipped": list, **HASHES}
 ROW = {
     **dict.fromkeys(("name", "factor", "classifier"), TEXT),
     **dict.fromkeys(("draws", "classes", "ci95"), list),
@@ -160,36 +162,30 @@ def rendered(table, width=100):
 # --- the summary ------------------------------------------------------------------------------------------------------
 
 
-class _Checkpoints:
-    def __init__(self, records):
-        self.records = records
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def steps(self):
-        return sorted(self.records)
-
-    def record(self, step):
-        return self.records[step]
-
-
 class _Run:
-    def __init__(self, records):
-        self.records = records
+    def __init__(self, folder, known):
+        self.metrics = folder / "metrics.jsonl"
+        self.known = known  # step → record
+        self.damage = None
+        log = MetricsLog(self.metrics, after=-1, until=0, tensorboard=False)
+        log.write(0, val_loss=7.6)
+        for i in range(1, 11):
+            log.write(20 * i, loss=7 - i / 5)
+        log.write(200, val_loss=5)
 
-    def checkpoints(self):
-        return _Checkpoints(self.records)
+    def records(self):
+        return [self.known[step] for step in sorted(self.known)]
 
-    def metrics(self):
-        return [
-            {"step": 0, "val_loss": 7.6},
-            *({"step": 20 * i, "loss": 7 - i / 5} for i in range(1, 11)),
-            {"step": 200, "val_loss": 5},
-        ]
+    def damaged_metrics(self):
+        return self.damage
+
+
+class _Said:
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
 
 
 class _Named:
@@ -212,9 +208,11 @@ def work(tmp_path, monkeypatch):
             "order_hash": arm["order_hash"],
             "numerics": {"cpu_threads": 2},
             "val_loss": 4.25,
+            "skipped": [],
         }
         runs[arm["id"]] = _Run(
-            {step: {**known, "weights": arm["final_hash"], "step": step, "tokens": step * 2048} for step in (0, 20, 200)}
+            tmp_path / "runs" / arm["id"],
+            {step: {**known, "weights": arm["final_hash"], "step": step, "tokens": step * 2048} for step in (0, 20, 200)},
         )
     monkeypatch.setattr(report.texts, "read_record", lambda path: {"numerics": {"batch": 512}})
     return _Named(
@@ -224,7 +222,8 @@ def work(tmp_path, monkeypatch):
         comparisons=comparisons(SMALL),
         store=_Named(meta={"name": "docs"}, sha256="c" * 64, tokens=3_500_000),
         identities={arm["id"]: _Named(fingerprint=arm["fingerprint"]) for arm in made["arms"]},
-        require_trained=lambda: None,
+        check_trained=lambda: None,
+        progress=_Said(),
         run_of=runs.__getitem__,
         draw_path=lambda one: folder / "draws" / f"{one.arm}.step{one.step}.draw{one.number}.parquet",
     )
@@ -235,7 +234,8 @@ def test_the_report_is_written_once_and_again_only_if_something_changed(work):
     check_summary(made)
     check_summary(summary_of())  # so that the other tests test what `summarise` makes
     folder = work.folder / "report"
-    assert files.read_json(folder / "summary.json") == made
+    names = sorted(path.name for path in folder.iterdir() if path.name != "summary.json")
+    assert files.read_json(folder / "summary.json") == {**made, "files": files.manifest(folder, names)}
     page = (folder / "report.md").read_text()
     images = re.findall(r"!\[.*\]\((.*)\)", page)
     assert sorted(images) == sorted(path.name for path in folder.glob("*.png"))
@@ -243,12 +243,55 @@ def test_the_report_is_written_once_and_again_only_if_something_changed(work):
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert report.report(work) == made
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    (folder / "losses.png").unlink()
-    report.report(work)
-    assert (folder / "losses.png").exists()
     files.write_json(work.folder / "timings.json", {"train": {"seconds": 123.0}})
     report.report(work)
     assert "123.0" in (folder / "report.md").read_text()
+    assert work.progress.lines == []
+
+
+@pytest.mark.parametrize("name", ["losses.png", "accuracies.png", "confusion-words.png", "report.md"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_damaged_page_or_figure_is_told_of_and_made_anew(work, name, lost):
+    report.report(work)
+    folder = work.folder / "report"
+    whole = (folder / name).read_bytes()
+    page = (folder / "report.md").read_bytes()
+    if lost:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    report.report(work)
+    (told,) = work.progress.lines
+    assert told.startswith(f"{folder} is damaged: {name} ")
+    assert told.endswith(": the report is made anew")
+    assert (folder / "report.md").read_bytes() == page
+    files.verify(folder, files.read_json(folder / "summary.json")["files"])
+    assert (folder / name).stat().st_size == pytest.approx(len(whole), rel=0.2)
+    report.report(work)
+    assert len(work.progress.lines) == 1
+
+
+@pytest.mark.parametrize("name", ["attribution.json", "timings.json", "report/summary.json"])
+def test_a_damaged_result_is_not_reported(work, name):
+    report.report(work)
+    path = work.folder / name
+    path.write_bytes(path.read_bytes()[:-2] + b" \n")
+    with pytest.raises(Damaged) as caught:
+        report.report(work)
+    assert caught.value.path == path
+
+
+def test_a_damaged_log_is_told_of_and_what_is_whole_of_it_is_shown(work):
+    whole = report._curves(work, report.report(work))
+    run = work.run_of("init1-order0")
+    run.damage = "metrics.jsonl has 11 whole lines and 1 damaged ones, expected 12 whole ones"
+    lines = run.metrics.read_bytes().splitlines(keepends=True)
+    run.metrics.write_bytes(b"".join([*lines[:3], lines[3].replace(b"6", b"7", 1), *lines[4:]]))
+    made = report.report(work)
+    assert work.progress.lines == [f"{run.damage}: the curves show what is whole"]
+    curves = report._curves(work, made)
+    assert curves.pop("init1-order0") == [point for i, point in enumerate(whole.pop("init1-order0")) if i != 3]
+    assert curves == whole
 
 
 def test_without_an_attribution_the_user_is_told_what_to_run(work):
@@ -260,7 +303,7 @@ def test_without_an_attribution_the_user_is_told_what_to_run(work):
 
 def test_arms_that_do_not_share_the_numerics_record_are_on_the_first_line(work):
     assert findings.headline(report.summarise(work)) == "small"
-    work.run_of("init1-order0").records[200]["numerics"] = {"cpu_threads": 1}
+    work.run_of("init1-order0").known[200]["numerics"] = {"cpu_threads": 1}
     made = report.summarise(work)
     touched = {(one.name, one.step) for one in work.comparisons if any(d[:2] == ("init1-order0", 200) for d in one.draws)}
     assert {(one["comparison"], one["checkpoint"]) for one in made["numerics"]["differ"]} == touched
@@ -272,7 +315,7 @@ def test_arms_that_do_not_share_the_numerics_record_are_on_the_first_line(work):
 
 
 def test_an_earlier_stretch_on_another_machine_counts(work):
-    work.run_of("init0-order0").records[20]["numerics"] = {"cpu_threads": 2, "device": "gpu"}
+    work.run_of("init0-order0").known[20]["numerics"] = {"cpu_threads": 2, "device": "gpu"}
     differ = report.summarise(work)["numerics"]["differ"]
     assert all(one["fields"] == ["device"] for one in differ)
     assert {one["checkpoint"] for one in differ} == {20, 200}
@@ -500,8 +543,10 @@ def test_status_follows_a_study_from_its_first_file_to_its_report(tree):
     with alone(folder):
         assert states(tree, name)[0] == "running"
         runs = prepare(tree)
-        for step in ("0", "20", "100.orbax-checkpoint-tmp-17"):
+        for step in ("0", "20", "100", "100.orbax-checkpoint-tmp-17", "200.damaged"):  # one is not sealed
             (runs[name] / "checkpoints" / step).mkdir(parents=True)
+        for step in ("0", "20", "200.damaged"):
+            (runs[name] / "checkpoints" / step / "manifest.json").touch()
         with alone(runs[name]):
             assert states(tree, name)[:2] == ["done", "running, 2 of 4 checkpoints"]
             assert states(tree, "init1-order0")[1:] == ["missing, 0 of 4 checkpoints", "missing, 0 of 2 draws"]
@@ -509,12 +554,15 @@ def test_status_follows_a_study_from_its_first_file_to_its_report(tree):
         for run in runs.values():
             for step in ("0", "20", "100", "200"):
                 (run / "checkpoints" / step).mkdir(parents=True, exist_ok=True)
+                (run / "checkpoints" / step / "manifest.json").touch()
         assert states(tree, name)[1] == "done"
         assert "running, 0 of" in states(tree, name)[2]
         for one in draws(STATUS):
             path = folder / "draws" / f"{one.arm}.step{one.step}.draw{one.number}.parquet"
             path.parent.mkdir(exist_ok=True)
             path.touch()
+            assert states(tree, one.arm)[2].startswith("running, ")
+            texts.sealed(path).touch()
         assert states(tree, name) == ["done", "done", "done"]
         assert "attribute running\nreport    missing" in re.sub(" +\n *", "\n", shown(tree))
     assert "attribute missing" in shown(tree)

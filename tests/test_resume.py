@@ -1,29 +1,32 @@
 """Killed at any moment, a run ends with the bits of an untouched one; and no two processes make the same run.
 
-As a program (`python test_resume.py ROOT FOLDER`) this file trains one arm, and says at which step it is.
+As a program (`python test_resume.py ROOT FOLDER MINUTES`) this file trains one arm, and says at which step it is.
 """
 
-import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from natfp_jax import config, files, mesh
+from natfp_jax import checkpoint, config, files, mesh
 from natfp_jax.checkpoint import Checkpoints
 from natfp_jax.config import Corpus, Data, Experiment, Model, Run, Stories
 from natfp_jax.corpus import prepare
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Damaged, Stopped, UserError
 from natfp_jax.lineage import identity
 from natfp_jax.lock import alone, held
 from natfp_jax.progress import Progress
-from natfp_jax.runs import MetricsLog, RunFolder
+from natfp_jax.runs import MetricsLog, RunFolder, metrics
+from natfp_jax.stopping import STOPPED, Stop
 from natfp_jax.train import train
 
 CORPUS = Corpus(source=Stories(count=400), vocabulary=300, validation_fraction=0.1, prompt_fraction=0.1, shards=2)
@@ -31,7 +34,8 @@ EXPERIMENT = Experiment(model=Model(width=32, layers=2, heads=4), data=Data(seq_
 SETTINGS = Run(checkpoints=(0.1, 0.3, 0.5, 0.7, 0.9), log_every=3, validation_windows=16)
 
 
-def work(root, folder):
+def work(root, folder, minutes):
+    """Trains as the command does: what a kill left half done is set aside, and a signal is answered with a saved step."""
     store, data = prepare(CORPUS, root, Progress(quiet=True)), EXPERIMENT.data
     pool = store.windows(data.seq_len, data.windows).sha256()
     done = 0
@@ -42,21 +46,32 @@ def work(root, folder):
         print(done, flush=True)
 
     who = identity(EXPERIMENT, store.sha256, store.tokenizer.sha256, pool)
-    with alone(folder):
-        train(EXPERIMENT, who, store, RunFolder(folder), SETTINGS, mesh.make(config.Mesh()), "arm", advance)
+    stop, settings = Stop(), replace(SETTINGS, save_minutes=minutes)
+    with alone(folder), stop.installed():
+        while True:
+            done = 0
+            try:
+                train(EXPERIMENT, who, store, RunFolder(folder), settings, mesh.make(config.Mesh()), "arm", advance, stop)
+            except Damaged as damage:
+                files.set_aside(damage.path)
+            except Stopped as stopped:
+                print(stopped, file=sys.stderr)
+                sys.exit(STOPPED)
+            else:
+                return
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), Path(sys.argv[2]))
+    work(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
     sys.exit()
 
 
-def started(root, folder):
+def started(root, folder, minutes=1e-4):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["PYTHONPATH"] = str(Path(config.__file__).parents[1])
     environment["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "compiled")  # the first process compiles for all
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    command = [sys.executable, __file__, str(root), str(folder)]
+    command = [sys.executable, __file__, str(root), str(folder), str(minutes)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -66,9 +81,16 @@ def finished(process):
 
 
 def everything(run, steps):
-    """All that a run has recorded."""
-    lineage = json.loads((run.folder / "lineage.json").read_text())
-    return [run.record(step) for step in steps], run.metrics(), lineage
+    """All that a run has recorded, all of it whole."""
+    lines, damaged = metrics(run.metrics)
+    assert damaged == 0
+    for step in steps:
+        checkpoint.verify(run.checkpoints, step)
+    return [run.record(step) for step in steps], lines, files.read_json(run.folder / "lineage.json")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # --- invariant 4 ------------------------------------------------------------------------------------------------------
@@ -102,39 +124,119 @@ class Killed(BaseException):
     """Passes every handler, as a kill would."""
 
 
-def test_a_run_that_is_cut_at_any_write_ends_with_the_bits_of_an_untouched_one(tiny, train_arm, tmp_path, monkeypatch):
-    """Every write to the folder in turn is the first that does not happen."""
-    writes = 0
-    last = None  # the write that is not made any more
+@pytest.fixture
+def cuts(monkeypatch):
+    """Every write to the folder of a run in turn is the first that does not happen; what is saved is sealed at once.
 
-    def cut(kind, name):
+    A kill in the middle of a save is the business of the tests with processes.
+    """
+
+    class Cuts:
+        last: int | None = None  # the write that is not made any more
+        writes = 0
+
+    cuts = Cuts()
+
+    def cut(kind, name, after=lambda *args: None):
         original = getattr(kind, name)
 
         def write(*args, **settings):
-            nonlocal writes
-            if writes == last:
+            if cuts.writes == cuts.last:
                 raise Killed
-            writes += 1
-            return original(*args, **settings)
+            cuts.writes += 1
+            original(*args, **settings)
+            after(*args)
 
         monkeypatch.setattr(kind, name, write)
 
+    settle = Checkpoints.settle
+    monkeypatch.setattr(Checkpoints, "settle", lambda self, wait=False: settle(self, wait=True))
     cut(files, "write_json")
     cut(MetricsLog, "write")
-    cut(Checkpoints, "save")
-    settings = {"log_every": 4, "checkpoints": (0.5,)}
+    cut(Checkpoints, "save", after=lambda self, *args: self._manager.wait_until_finished())
+    return cuts
+
+
+@pytest.mark.parametrize("minutes", [10, 1e-9])
+def test_a_run_that_is_cut_at_any_write_ends_with_the_bits_of_an_untouched_one(minutes, cuts, tiny, train_arm, tmp_path):
+    settings = {"log_every": 4, "checkpoints": (0.5,), "save_minutes": minutes}
     whole = everything(train_arm(tiny, tmp_path / "whole", **settings), (0, 8, 16))
-    total, written = writes, []
-    assert total == 1 + 3 * 2 + 4 + 1  # owner; validation loss and checkpoint; logged steps; lineage
-    for last in range(total):
-        writes = 0
+    total, unsealed, written, first = cuts.writes, [], [], []
+    # Owner; validation loss, checkpoint and its manifest; logged steps; lineage; restart states and their manifests.
+    assert total == (1 + 3 * 3 + 4 + 1) + (0 if minutes > 1 else 2 * 7)
+    places = range(0, total, 1 if minutes > 1 else 2)
+    for last in places:
+        folder, cuts.writes, cuts.last = tmp_path / f"cut{last}", 0, last
         with pytest.raises(Killed):
-            train_arm(tiny, tmp_path / f"cut{last}", **settings)
-        written.append(len(list((tmp_path / f"cut{last}" / "checkpoints").glob("[0-9]*"))))
-        writes, keep, last = 0, last, None
-        run = train_arm(tiny, tmp_path / f"cut{keep}", **settings)
-        assert everything(run, (0, 8, 16)) == whole, f"cut before write {keep}"
-    assert written == [0] * 3 + [1] * 4 + [2] * 4 + [3]  # it was cut where it should be
+            train_arm(tiny, folder, **settings)
+        written.append(len(list((folder / "checkpoints").glob("[0-9]*"))))
+        cuts.last, run = None, None
+        while run is None:
+            advanced = []
+            try:
+                run = train_arm(tiny, folder, **settings, advance=advanced.append)
+            except Damaged as damage:
+                unsealed.append((last, damage.path.relative_to(folder).as_posix()))
+                files.set_aside(damage.path)
+        first.append(16 - advanced.count(1) if 1 in advanced else 16)
+        assert everything(run, (0, 8, 16)) == whole, f"cut before write {last}"
+        assert not run.restart.exists()
+    assert first == sorted(first)
+    if minutes > 1:  # it was cut where it should be, and no more was trained again than had to be
+        assert written == [0] * 3 + [1] * 5 + [2] * 5 + [3] * 2
+        assert unsealed == [(3, "checkpoints/0"), (8, "checkpoints/8"), (13, "checkpoints/16")]
+        assert first == [0] * 9 + [8] * 5 + [16]
+    else:
+        assert first[0] == 0
+        assert len(set(first)) > 6  # of restart states, most of them
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_goes_on_from_the_step_that_was_under_way(number, tiny_store, tmp_path):
+    root = tiny_store.folder.parent.parent
+    process = started(root, tmp_path / "stopped", minutes=10)
+    steps = [int(next(process.stdout)) for _ in range(11)]
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=100)
+    steps += map(int, out.split())
+    assert process.returncode == STOPPED == 75
+    assert errors.splitlines()[-1] == f"arm arm is saved at step {steps[-1] + 1}; the same command goes on from here"
+    assert "Traceback" not in errors
+    assert steps[-1] < 50
+    run = RunFolder(tmp_path / "stopped")
+    saved = checkpoint.steps(run.restart) + checkpoint.steps(run.checkpoints)
+    assert max(saved) == steps[-1] + 1
+    process = started(root, tmp_path / "stopped", minutes=10)
+    assert int(next(process.stdout)) == steps[-1] + 1
+    finished(process)
+    finished(started(root, tmp_path / "untouched", minutes=10))
+    kept = (0, 6, 18, 30, 42, 54, 60)
+    assert everything(run, kept) == everything(RunFolder(tmp_path / "untouched"), kept)
+    assert not run.restart.exists()
+
+
+def test_a_stop_is_answered_within_two_steps_and_costs_no_bit(tiny, tiny_run, train_arm, tmp_path):
+    """At every step in turn: before the first, at kept steps, at the last."""
+    stop, done, saved, said = Stop(), [], [], []
+
+    def advance(steps):
+        done.append(steps)
+        stop.requested = True
+
+    while len(done) < 40:
+        stop.requested = False
+        try:
+            run = train_arm(tiny, tmp_path / "run", checkpoints=(0.25, 0.5), stop=stop, advance=advance)
+        except Stopped as stopped:
+            said.append(str(stopped))
+            saved.append(
+                max(checkpoint.steps(tmp_path / "run" / "restart") + checkpoint.steps(tmp_path / "run" / "checkpoints"))
+            )
+        else:
+            break
+    assert saved == [1, 2, 4, 6, 8, 10, 12, 14, 16]  # what was asked is read once the next step is under way
+    assert said == [f"arm arm is saved at step {step}; the same command goes on from here" for step in saved]
+    assert everything(run, (0, 4, 8, 16)) == everything(tiny_run, (0, 4, 8, 16))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +249,31 @@ def test_what_a_process_killed_in_its_first_write_leaves_is_cleared_away(names, 
     run = train_arm(tiny, tmp_path / "run", checkpoints=(0.25, 0.5))
     assert everything(run, (0, 4, 8, 16)) == everything(tiny_run, (0, 4, 8, 16))
     assert not list(run.folder.glob(".*.tmp"))
+
+
+def test_any_changed_byte_of_the_log_is_found(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.folder, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    whole, none = metrics(run.metrics)
+    original = run.metrics.read_bytes()
+    assert none == 0
+    assert len(whole) == 4 + 8 == len(original.splitlines())
+    assert run.damaged_metrics() is None
+    for place in range(len(original)):
+        spoilt = bytearray(original)
+        spoilt[place] ^= 1
+        run.metrics.write_bytes(spoilt)
+        lines, damaged = metrics(run.metrics)
+        assert (len(lines), damaged) == (
+            (10, 1) if original[place : place + 1] == b"\n" and place + 1 < len(original) else (11, 1)
+        )
+        assert [line for line in whole if line in lines] == lines
+        said = f"{run.metrics} has {len(lines)} whole lines and 1 damaged ones, expected 12 whole ones"
+        assert run.damaged_metrics() == said
+    run.metrics.write_bytes(b"".join(original.splitlines(keepends=True)[:-1]))
+    assert run.damaged_metrics() == f"{run.metrics} has 11 whole lines and 0 damaged ones, expected 12 whole ones"
+    run.metrics.unlink()
+    assert run.damaged_metrics() == f"{run.metrics} has 0 whole lines and 0 damaged ones, expected 12 whole ones"
 
 
 def test_a_line_that_was_cut_is_written_again(tiny, tiny_run, train_arm, tmp_path):
@@ -176,8 +303,8 @@ def test_a_checkpoint_that_is_asked_for_later_is_the_one_that_was_kept_from_the_
         assert found == kept
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
     assert run.record(16)["parent"]["step"] == 0
-    assert run.metrics() == tiny_run.metrics()
-    assert [r["step"] for r in json.loads((run.folder / "lineage.json").read_text())["checkpoints"]] == [0, 4, 8, 16]
+    assert metrics(run.metrics) == metrics(tiny_run.metrics)
+    assert [r["step"] for r in files.read_json(run.folder / "lineage.json")["checkpoints"]] == [0, 4, 8, 16]
 
 
 def test_a_run_is_complete_once_its_lineage_names_every_checkpoint(tiny_run, tmp_path):
@@ -188,8 +315,8 @@ def test_a_run_is_complete_once_its_lineage_names_every_checkpoint(tiny_run, tmp
     assert run.complete(steps)
     assert not run.complete([*steps, 12])
     path = run.folder / "lineage.json"
-    lineage = json.loads(path.read_text())
-    path.write_text(json.dumps({**lineage, "checkpoints": lineage["checkpoints"][:-1]}))
+    lineage = files.read_json(path)
+    files.write_json(path, {**lineage, "checkpoints": lineage["checkpoints"][:-1]})
     assert not run.complete(steps)  # of a process killed after its last checkpoint
     path.unlink()
     assert not run.complete(steps)
@@ -207,28 +334,86 @@ with alone(Path(sys.argv[1])):
 """
 
 
-def test_a_second_process_is_refused_and_a_killed_one_holds_nothing(tmp_path):
-    folder = tmp_path / "run"
-    assert not held(folder)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)],
+class Said(Progress):
+    """What was said, in a list."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of tmp_path/run."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(config.__file__).parents[1])},
     )
-    try:
-        assert holder.stdout.readline() == "held\n"
-        assert held(folder)
-        with pytest.raises(UserError) as caught, alone(folder):
-            pass
-        assert str(caught.value).startswith(f"{folder} is in use by another process (pid {holder.pid} on ")
-        assert "\n" not in str(caught.value)
-    finally:
-        holder.kill()
-        holder.communicate()
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_process_is_refused_and_a_killed_one_holds_nothing(holder, tmp_path):
+    folder, said = tmp_path / "run", Said()
+    assert held(folder)
+    with pytest.raises(UserError) as caught, alone(folder, said):
+        pass
+    assert str(caught.value).startswith(f"{folder} is in use by another process (pid {holder.pid} on ")
+    assert "\n" not in str(caught.value)
+    assert said.lines == []
+    holder.kill()
+    holder.wait()
     assert not held(folder)
-    with alone(folder):
+    with alone(folder, said):
         assert held(folder)
         assert f"pid {os.getpid()} on " in (folder / ".lock").read_text()
         assert str(holder.pid) not in (folder / ".lock").read_text()
     assert not held(folder)
+    assert said.lines == [
+        f"{folder} was left by pid {holder.pid} on {socket.gethostname()}, which ended in its work: going on from there"
+    ]
+
+
+def test_a_lock_that_was_given_up_tells_of_nobody(tmp_path):
+    folder, said = tmp_path / "run", Said()
+    assert not held(folder)
+    for _ in range(2):
+        with alone(folder, said):
+            assert held(folder)
+        assert not held(folder)
+        assert (folder / ".lock").read_text() == ""
+
+    def failing():
+        with alone(folder, said):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    assert (folder / ".lock").read_text() == ""
+    assert said.lines == []
+
+
+def test_another_holder_is_waited_for_where_that_was_asked(holder, tmp_path):
+    folder, said, taken = tmp_path / "run", Said(), threading.Event()
+
+    def wait():
+        with alone(folder, said, wait=True):
+            taken.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not taken.wait(1)
+    who = f"pid {holder.pid} on {socket.gethostname()}"
+    assert said.lines == [f"another process ({who}) prepares {folder}: waiting for it"]
+    holder.kill()
+    assert taken.wait(10)
+    thread.join(10)
+    assert said.lines[1:] == [f"{folder} was left by {who}, which ended in its work: going on from there"]

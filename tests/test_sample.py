@@ -264,13 +264,15 @@ def test_across_batch_shapes_few_texts_change():
     np.testing.assert_allclose(one.log_probability_B[~changed], other.log_probability_B[~changed], atol=1e-3)
 
 
-def test_the_mesh_decides_neither_noise_nor_texts():
+@pytest.mark.parametrize("axes", [config.Mesh(), config.Mesh(replica=8), config.Mesh(replica=2, fsdp=4)])
+def test_the_mesh_decides_neither_noise_nor_texts(axes):
     """Eight devices that hold 37 rows each draw, bitwise, the texts of one device that draws 37 at a time."""
     tree, prompts, key = weights(LARGE), prompts_of(8 * 37, LARGE), draw_key(0, "arm", 1, 0)
     one = drawn(tree, key, prompts, vocabulary=LARGE, batch=37, new=24)
-    over = mesh.make(config.Mesh(), jax.devices()[:8])
+    over = mesh.make(axes, jax.devices()[:8])
+    assert mesh.text_ways(over) == 8
     spread = jax.device_put(tree, mesh.replicated(over))
-    eight = drawn(spread, key, prompts, vocabulary=LARGE, batch=8 * 37, new=24, shard=mesh.batch_sharding(over))
+    eight = drawn(spread, key, prompts, vocabulary=LARGE, batch=8 * 37, new=24, shard=mesh.text_sharding(over))
     assert same(one, eight)
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,15 +22,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from natfp_jax import config, files, lineage, mesh, stages, stats, texts
+from natfp_jax import config, files, lineage, mesh, processes, stages, stats, texts
 from natfp_jax.ceiling import log_likelihood
 from natfp_jax.config import Attribution, Corpus, Data, Experiment, Factor, Model, Perturb, Run, Sampling, Stories, Study
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Damaged, UserError
 from natfp_jax.params import flatten
 from natfp_jax.progress import Progress
 from natfp_jax.report import report
 from natfp_jax.sample import Strategy
 from natfp_jax.stages import Work
+from natfp_jax.stopping import STOPPED
 from natfp_jax.study import Draw, draws
 from natfp_jax.train import load_params
 
@@ -63,7 +65,7 @@ def everything(out, study=STUDY, stop=None):
             getattr(made, stage)()
             if stage == stop:
                 return made
-        report(made)
+        processes.led(lambda: report(made))
     return made
 
 
@@ -83,14 +85,31 @@ def contents(folder, *parts):
 def results(out, name="tiny"):
     """What a study comes to, without anything that tells times."""
     folder = out / "studies" / name
-    drawn = {path.name: pq.read_table(path).to_pydict() for path in sorted((folder / "draws").iterdir())}
-    records = {path.name: texts.read_record(path) for path in sorted((folder / "draws").iterdir())}
-    trained = {path.parent.name: json.loads(path.read_text()) for path in sorted((out / "runs").glob("*/lineage.json"))}
+    paths = sorted((folder / "draws").glob("*.parquet"))
+    drawn = {path.name: texts.read(path).to_pydict() for path in paths}
+    records = {path.name: texts.read_record(path) for path in paths}
+    trained = {path.parent.name: files.read_json(path) for path in sorted((out / "runs").glob("*/lineage.json"))}
     metrics = {path.parent.name: path.read_text() for path in sorted((out / "runs").glob("*/metrics.jsonl"))}
-    attribution = json.loads((folder / "attribution.json").read_text())
-    summary = json.loads((folder / "report" / "summary.json").read_text())
-    kept = {field: summary[field] for field in summary if field not in ("stages", "inputs")}
+    attribution = files.read_json(folder / "attribution.json")
+    summary = files.read_json(folder / "report" / "summary.json")
+    files.verify(folder / "report", summary["files"])
+    kept = {field: summary[field] for field in summary if field not in ("stages", "inputs", "files")}
     return {"draws": drawn, "records": records, "runs": trained, "metrics": metrics, "rows": attribution, "summary": kept}
+
+
+def mended(out, study=STUDY):
+    """What `natfp run` does about damage: sets it aside and goes on; the names of what was set aside."""
+    aside = []
+    while len(aside) < 9:
+        try:
+            everything(out, study)
+        except Damaged as damage:
+            assert damage.agreed  # noqa: PT017
+            files.set_aside(damage.path)
+            aside.append(damage.path.relative_to(out).as_posix())
+        else:
+            break
+    return aside
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +157,7 @@ def test_every_draw_is_of_its_prompts_and_its_weights(finished):
 def test_every_result_has_its_numerics_record(finished):
     made = work(finished)
     expected = lineage.numerics(made.devices)
-    assert expected["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert expected["mesh"] == {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1}
     width = -(-max(map(len, made.prompt_ids)) // 8) * 8
     for one in draws(STUDY):
         record = texts.read_record(made.draw_path(one))["numerics"]
@@ -146,7 +165,7 @@ def test_every_result_has_its_numerics_record(finished):
     for arm in made.arms:
         assert [made.run_of(arm).record(step)["numerics"]["batch"] for step in (0, 8, 16)] == [8] * 3
         assert made.run_of(arm).record(16)["numerics"].items() >= expected.items()
-    summary = json.loads((finished / "studies" / "tiny" / "report" / "summary.json").read_text())
+    summary = files.read_json(finished / "studies" / "tiny" / "report" / "summary.json")
     assert summary["numerics"]["differ"] == []
 
 
@@ -167,7 +186,7 @@ def test_the_twin_starts_one_unit_in_the_last_place_away(finished):
 def test_the_ceiling_is_the_accuracy_of_the_likelihood_on_the_test_texts(finished):
     """Computed again from the files, without the stage."""
     made = work(finished)
-    rows = json.loads((finished / "studies" / "tiny" / "attribution.json").read_text())["comparisons"]
+    rows = files.read_json(finished / "studies" / "tiny" / "attribution.json")["comparisons"]
     assert len(rows) == 2 * 3
     parts = stats.split([prompt.document for prompt in made.prompts], 0, validation=0.1, test=0.4)
     test = np.flatnonzero(parts == "test")
@@ -198,7 +217,7 @@ def test_the_ceiling_is_the_accuracy_of_the_likelihood_on_the_test_texts(finishe
 
 
 def test_no_classifier_beats_the_ceiling_of_a_study(finished):
-    for row in json.loads((finished / "studies" / "tiny" / "attribution.json").read_text())["comparisons"]:
+    for row in files.read_json(finished / "studies" / "tiny" / "attribution.json")["comparisons"]:
         error = np.sqrt(0.25 / row["test_texts"]) + np.sqrt(row["ceiling"] * (1 - row["ceiling"]) / row["test_texts"])
         assert row["accuracy"] <= row["ceiling"] + 3.3 * error
 
@@ -233,8 +252,9 @@ def test_a_study_that_is_stopped_after_each_stage_goes_on_from_there(copy, finis
     assert results(copy) == results(finished)
 
 
-def test_a_lost_draw_is_drawn_again(copy, finished):
-    path = copy / "studies" / "tiny" / "draws" / "init0.step8.draw1.parquet"
+@pytest.mark.parametrize("lost", ["parquet", "manifest.json"])
+def test_a_lost_draw_is_drawn_again(copy, finished, lost):
+    path = copy / "studies" / "tiny" / "draws" / f"init0.step8.draw1.{lost}"
     path.unlink()
     with pytest.raises(UserError, match="natfp sample"):
         work(copy).attribute()
@@ -271,9 +291,9 @@ def test_texts_are_attributed_anew_with_other_settings_and_only_then(copy):
     assert path.read_bytes() == before
     other = replace(STUDY, attribution=Attribution(classifiers=("words",), split_seed=5))
     work(copy, other).attribute()
-    rows = json.loads(path.read_text())["comparisons"]
-    assert {row["classifier"] for row in rows} == {"words"}
-    assert json.loads(path.read_text())["inputs"] != json.loads(before)["inputs"]
+    again = files.read_json(path)
+    assert {row["classifier"] for row in again["comparisons"]} == {"words"}
+    assert again["inputs"] != json.loads(before)["inputs"]
 
 
 # --- sharing ----------------------------------------------------------------------------------------------------------
@@ -328,7 +348,8 @@ def test_where_a_study_runs_is_no_part_of_it(copy):
 
 def test_a_draw_of_other_weights_is_refused(copy):
     folder = copy / "studies" / "tiny" / "draws"
-    shutil.copy(folder / "init1.step16.draw0.parquet", folder / "init0.step16.draw0.parquet")
+    for name in ("parquet", "manifest.json"):
+        shutil.copy(folder / f"init1.step16.draw0.{name}", folder / f"init0.step16.draw0.{name}")
     made = work(copy)
     its, mine = (made.run_of(arm).record(16)["weights"] for arm in ("init1", "init0"))
     refused(copy, str(folder / "init0.step16.draw0.parquet"), f"was drawn from weights {its}, expected {mine}")
@@ -342,12 +363,62 @@ def test_a_draw_of_other_settings_is_refused(copy):
     refused(copy, f"was drawn from settings {'f' * 64}, expected {record['inputs']['settings']}")
 
 
-def test_a_damaged_draw_is_refused(copy):
-    path = copy / "studies" / "tiny" / "draws" / "init0.step16.draw0.parquet"
-    path.write_bytes(path.read_bytes()[:-100])
-    refused(copy, f"{path} is no sample file of natfp", "remove it and run the same command again")
-    path.unlink()
-    everything(copy)
+@pytest.mark.parametrize("name", ["parquet", "manifest.json"])
+def test_a_damaged_draw_is_not_attributed_and_is_drawn_again_once_it_is_set_aside(copy, finished, name):
+    (copy / "studies" / "tiny" / "attribution.json").unlink()
+    path = copy / "studies" / "tiny" / "draws" / f"init0.step16.draw0.{name}"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(Damaged) as caught:
+        everything(copy)
+    assert caught.value.path == path
+    assert "\n" not in str(caught.value)
+    assert mended(copy) == [f"studies/tiny/draws/{path.name}"]
+    assert path.with_name(f"{path.name}.damaged").read_bytes() == whole[:-100]
+    assert path.read_bytes() == whole
+    assert results(copy) == results(finished)
+
+
+def test_a_damaged_checkpoint_is_not_sampled_from_and_is_trained_again_once_it_is_set_aside(copy, finished):
+    """The whole run: damaged weights are found when they are loaded, the step is trained again, the draw drawn again."""
+    made = work(copy)
+    step = made.run_of("init1").checkpoints / "16"
+    arrays = max((step / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(arrays.read_bytes())
+    data[len(data) // 2] ^= 1
+    arrays.write_bytes(data)
+    for path in (made.draw_path(Draw("init1", 16)), copy / "studies" / "tiny" / "attribution.json"):
+        path.unlink()
+    before = tree(copy)
+    with pytest.raises(Damaged) as caught:
+        work(copy).sample()
+    assert caught.value.path == step
+    assert {name: state for name, state in tree(copy).items() if not name.endswith("timings.json")} == {
+        name: state for name, state in before.items() if not name.endswith("timings.json")
+    }
+    assert mended(copy) == [step.relative_to(copy).as_posix()]
+    assert results(copy) == results(finished)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "params", "optimiser"])
+def test_a_checkpoint_that_lost_a_part_is_damaged(copy, finished, name):
+    step = work(copy).run_of("init1").checkpoints / "16"
+    shutil.rmtree(step / name) if (step / name).is_dir() else (step / name).unlink()
+    (copy / "studies" / "tiny" / "attribution.json").unlink()
+    work(copy).draw_path(Draw("init1", 16)).unlink()
+    # Nothing asks for the optimiser's state of a run that is done.
+    assert mended(copy) == ([] if name == "optimiser" else [step.relative_to(copy).as_posix()])
+    assert results(copy) == results(finished)
+
+
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_damaged_lineage_is_gathered_again(copy, finished, text):
+    path = work(copy).run_of("init1").folder / "lineage.json"
+    whole = path.read_bytes()
+    path.write_text(text)
+    assert mended(copy) == [path.relative_to(copy).as_posix()]
+    assert path.read_bytes() == whole
+    assert results(copy) == results(finished)
 
 
 def test_the_run_of_another_experiment_is_refused(copy):
@@ -360,19 +431,48 @@ def test_the_run_of_another_experiment_is_refused(copy):
     refused(copy, str(folder), f"holds the run {its}, expected {mine}")
 
 
-@pytest.mark.parametrize("name", ["study.json", "arms.json", "attribution.json", "timings.json"])
+@pytest.mark.parametrize("name", ["attribution.json", "timings.json", "report/summary.json"])
 @pytest.mark.parametrize("text", ["{", "{}"])
-def test_a_damaged_file_of_a_study_is_refused_or_written_again(copy, finished, name, text):
+def test_a_damaged_result_of_a_study_is_made_again_once_it_is_set_aside(copy, finished, name, text):
     path = copy / "studies" / "tiny" / name
-    path.write_text(text, encoding="latin-1")
-    try:
+    path.write_text(text)
+    before = tree(copy)
+    with pytest.raises(Damaged) as caught:
         everything(copy)
-    except UserError as error:
-        assert str(path.parent) in str(error)  # noqa: PT017
-        assert "\n" not in str(error)  # noqa: PT017
-        assert path.read_text(encoding="latin-1") == text
-        return
-    assert results(copy)["rows"] == results(finished)["rows"]
+    assert caught.value.path == path
+    assert "\n" not in str(caught.value)
+    assert tree(copy) == before
+    assert mended(copy) == [f"studies/tiny/{name}"]
+    assert path.with_name(f"{path.name}.damaged").read_text() == text
+    assert results(copy) == results(finished)
+    assert mended(copy) == []
+
+
+@pytest.mark.parametrize("name", ["study.json", "arms.json"])
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_damaged_owner_of_a_study_is_refused_until_it_is_removed(copy, finished, name, text):
+    """Whose folder it is can not be guessed: these are not set aside, the user is asked."""
+    path = copy / "studies" / "tiny" / name
+    whole = path.read_bytes()
+    path.write_text(text)
+    refused(copy, str(path), "remove it and run the same command again")
+    path.unlink()
+    everything(copy)  # as the message says
+    assert path.read_bytes() == whole
+    assert results(copy) == results(finished)
+
+
+def test_an_arm_that_is_another_experiment_than_before_is_refused(copy):
+    """As after a change of the program, or of what a corpus is made from."""
+    path = copy / "studies" / "tiny" / "arms.json"
+    listed = files.read_json(path)
+    mine, its = listed["init1"]["fingerprint"], "f" * 64
+    inputs = {**listed["init1"]["inputs"], "pool": "0" * 64}
+    files.write_json(path, {**listed, "init1": {"fingerprint": its, "inputs": inputs}})
+    said = f"arm init1 of {path.parent} is the experiment {its[:16]}, expected {mine[:16]} (another pool): give another --out"
+    refused(copy, said)
+    files.write_json(path, {**listed, "init9": listed["init1"]})
+    refused(copy, f"arm init9 of {path.parent} is the experiment {mine[:16]}, expected none")
 
 
 def test_prompts_too_few_are_known_before_training(tmp_path, finished):
@@ -483,10 +583,11 @@ def test_the_summary_names_hashes_amounts_and_every_comparison(grid):
 
 def test_swapped_draws_are_refused(copy):
     made = work(copy)
-    one, other = (made.draw_path(Draw(arm, 16)) for arm in ("init0", "init1"))
-    between = one.with_name("between")
-    for old, new in ((one, between), (other, one), (between, other)):
-        old.rename(new)
+    paths = [made.draw_path(Draw(arm, 16)) for arm in ("init0", "init1")]
+    for one, other in (paths, map(texts.sealed, paths)):
+        between = one.with_name("between")
+        for old, new in ((one, between), (other, one), (between, other)):
+            old.rename(new)
     hashes = [made.run_of(arm).record(16)["weights"] for arm in ("init0", "init1")]
     for stage in (made.sample, made.attribute):
         before = tree(copy)
@@ -583,9 +684,10 @@ def test_killed_again_and_again_a_study_comes_to_the_same(natfp, tmp_path):
         said, errors = stopped(process, moment, moments.uniform(0, 0.4), number)
         ends.append(process.returncode)
         if number == signal.SIGINT:  # a user's Ctrl-C
-            assert process.returncode == 130
+            assert process.returncode == STOPPED == 75
             assert said == ""
-            assert errors.splitlines()[-1] == "natfp: stopped; the same command goes on from here"
+            told = r"natfp: (stopped|arm init\S+ is saved at step \d+); the same command goes on from here"
+            assert re.fullmatch(told, errors.splitlines()[-1])
             assert "Traceback" not in errors
     assert ends.count(-signal.SIGKILL) >= 2  # one may have ended first
     last = natfp(out)

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from natfp_jax import texts
-from natfp_jax.errors import UserError
+from natfp_jax import files, texts
+from natfp_jax.errors import Damaged, UserError
 
 COLUMNS = {
     "draw": [1, 1, 1],
@@ -48,7 +48,9 @@ def test_what_is_written_is_read(path):
     assert texts.read(path).to_pydict() == COLUMNS
     assert texts.read_record(path) == RECORD
     assert texts.read(path, ["ids", "arm"]).column_names == ["ids", "arm"]
-    assert list(path.parent.iterdir()) == [path]
+    assert texts.sealed(path) == path.parent / "init0.step16.draw1.manifest.json"
+    assert sorted(path.parent.iterdir()) == [texts.sealed(path), path]
+    texts.verify(path)
 
 
 def test_the_types_on_disk_are_exact(path):
@@ -62,16 +64,17 @@ def test_the_types_on_disk_are_exact(path):
 def test_equal_draws_are_equal_files(path, tmp_path):
     texts.write(tmp_path / "again.parquet", COLUMNS, dict(reversed(RECORD.items())))
     assert (tmp_path / "again.parquet").read_bytes() == path.read_bytes()
+    assert texts.read_record(tmp_path / "again.parquet") == RECORD
 
 
 @pytest.mark.parametrize(
     "change", [{"ids": [[2**31], [0], [0]]}, {"draw": ["one"] * 3}, {"prompt_id": [-1, 0, 1]}, {"text": [b"\xff"] * 3}]
 )
 def test_what_does_not_fit_the_types_is_not_written(path, change):
-    before = path.read_bytes()
+    before = path.read_bytes(), texts.sealed(path).read_bytes()
     with pytest.raises((pa.ArrowException, OverflowError, TypeError)):
         texts.write(path, {**COLUMNS, **change}, RECORD)
-    assert path.read_bytes() == before
+    assert (path.read_bytes(), texts.sealed(path).read_bytes()) == before
 
 
 class Killed(BaseException):
@@ -95,27 +98,62 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch, there):
     with pytest.raises(Killed):
         texts.write(path, {**COLUMNS, "draw": [2, 2, 2]}, RECORD)
     assert (path.read_bytes() if path.exists() else None) == before
-    assert list(tmp_path.iterdir()) == [path] * there
+    assert sorted(tmp_path.iterdir()) == [texts.sealed(path), path] * there
+    assert texts.exists(path) == there
+    if there:
+        assert texts.read(path).to_pydict() == COLUMNS
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_file_without_its_own_manifest_is_not_done_or_damaged(tmp_path, monkeypatch, there):
+    """Killed between the two: a new draw has none, and one that is written over has that of the old file."""
+    path = tmp_path / "draw.parquet"
+    if there:
+        texts.write(path, COLUMNS, RECORD)
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_json", killed)
+        with pytest.raises(Killed):
+            texts.write(path, {**COLUMNS, "draw": [2, 2, 2]}, RECORD)
+    assert path.exists()
+    assert texts.exists(path) == there
+    with pytest.raises(Damaged if there else UserError):
+        texts.read(path)
+    texts.write(path, COLUMNS, RECORD)
+    assert texts.exists(path)
+    assert texts.read(path).to_pydict() == COLUMNS
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from natfp_jax import files, texts
+moment, number, done = sys.argv[2], int(sys.argv[3]), 0
+original = getattr(os, moment)
 def kill(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-setattr(os, sys.argv[2], kill)
+    global done
+    done += 1
+    if done == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+setattr(os, moment, kill)
 texts.write(Path(sys.argv[1]), {name: [] for name in texts.SCHEMA.names}, {})
 """
 
 
-@pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_a_real_kill_leaves_no_half_file_under_its_name(tmp_path, moment):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "draw.parquet"), moment], check=False)
+@pytest.mark.parametrize(("moment", "number"), [("fsync", 1), ("replace", 1), ("fsync", 2), ("fsync", 3), ("replace", 2)])
+def test_a_real_kill_leaves_no_half_file_under_its_name(tmp_path, moment, number):
+    path = tmp_path / "draw.parquet"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), moment, str(number)], check=False)
     assert done.returncode == -9
-    assert not (tmp_path / "draw.parquet").exists()
-    texts.write(tmp_path / "draw.parquet", COLUMNS, RECORD)
-    assert texts.read(tmp_path / "draw.parquet").to_pydict() == COLUMNS
+    assert path.exists() == ((moment, number) not in [("fsync", 1), ("replace", 1)])
+    assert not texts.sealed(path).exists()
+    assert not texts.exists(path)
+    texts.write(path, COLUMNS, RECORD)
+    assert texts.read(path).to_pydict() == COLUMNS
 
 
 def test_hugging_face_datasets_loads_equal_values(path, tmp_path, monkeypatch):
@@ -128,11 +166,18 @@ def test_hugging_face_datasets_loads_equal_values(path, tmp_path, monkeypatch):
     assert loaded.features["ids"].feature.dtype == "int32"
 
 
+def refused(call, *args):
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
 @pytest.mark.parametrize(
     "damage",
     ["empty", "cut", "head alone", "no parquet", "folder", "missing", "foreign", "foreign record"],
 )
-@pytest.mark.parametrize("read", [texts.read, texts.read_record])
+@pytest.mark.parametrize("read", [texts.read, texts.verify])
 def test_what_is_no_sample_file_gives_one_line(path, damage, read):
     whole = path.read_bytes()
     match damage:
@@ -153,23 +198,48 @@ def test_what_is_no_sample_file_gives_one_line(path, damage, read):
             pq.write_table(pa.table({"text": ["a"]}), path)
         case "foreign record":
             pq.write_table(pa.table({"text": ["a"]}).replace_schema_metadata({"natfp": "no JSON"}), path)
-    with pytest.raises(UserError) as caught:
-        read(path)
-    assert str(path) in str(caught.value)
-    assert "remove it and run the same command again" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    error = refused(read, path)
+    assert isinstance(error, Damaged)
+    assert error.path == path
+    got = "is missing" if damage in ("folder", "missing") else f"has {path.stat().st_size} bytes"
+    assert str(error) == f"{path} is damaged: {path.name} {got}, expected {len(whole)} bytes"
 
 
-def test_a_file_with_one_wrong_bit_is_never_read_as_other_values(path):
-    """Parquet has checksums of its pages, and nothing else would notice."""
-    whole, refused = path.read_bytes(), 0
-    for place in range(4, len(whole) // 2, 23):
+@pytest.mark.parametrize("read", [texts.read, texts.verify, texts.read_record])
+def test_a_draw_without_a_manifest_is_none(path, read):
+    texts.sealed(path).unlink()
+    error = refused(read, path)
+    assert not isinstance(error, Damaged)
+    assert str(error) == f"{texts.sealed(path)} does not exist"
+
+
+def test_a_file_that_is_what_was_written_but_no_table_is_damaged(path):
+    """A manifest of something else: of a defect, not of a disk."""
+    path.write_bytes(b"draw,arm\n1,init0\n" * 99)
+    files.write_json(texts.sealed(path), {"record": RECORD, "files": files.manifest(path.parent, [path.name])})
+    error = refused(texts.read, path)
+    assert isinstance(error, Damaged)
+    assert error.path == path
+    assert error.why.startswith("cannot be read (")
+
+
+def test_a_file_with_one_wrong_bit_is_never_read(path):
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
-        try:
-            found = texts.read(path).to_pydict()
-        except UserError as error:
-            refused += 1
-            assert "\n" not in str(error)  # noqa: PT017
-        else:
-            assert found == COLUMNS
-    assert refused > 10
+        error = refused(texts.read, path)
+        assert isinstance(error, Damaged)
+        assert error.path == path
+        assert error.why.startswith(f"is damaged: {path.name} has sha256 ")
+    path.write_bytes(whole)
+    assert texts.read(path).to_pydict() == COLUMNS
+
+
+def test_a_manifest_with_one_wrong_bit_is_never_read(path):
+    whole = texts.sealed(path).read_bytes()
+    for place in range(len(whole)):
+        texts.sealed(path).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        for call in (texts.read, texts.read_record, texts.verify):
+            error = refused(call, path)
+            assert isinstance(error, Damaged)
+            assert error.path == texts.sealed(path)

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from natfp_jax import config, mesh, params, train
+from natfp_jax import checkpoint, config, files, mesh, params, train
 from natfp_jax.ceiling import log_likelihood
-from natfp_jax.config import Corpus, Data, Experiment, Model, Optimiser, Stories, replace
+from natfp_jax.config import Corpus, Data, Experiment, Model, Optimiser, Run, Stories, replace
 from natfp_jax.corpus import prepare
 from natfp_jax.datasets import stories
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Damaged, UserError
 from natfp_jax.order import Order, order_hash
 from natfp_jax.progress import Progress
-from natfp_jax.runs import RunFolder
+from natfp_jax.runs import RunFolder, metrics
 from natfp_jax.sample import Strategy
 from natfp_jax.train import load_params
 
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
+MESHES = [(1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 4, 2), (2, 2, 2, 1)]
 
 
 def made(shape):
@@ -35,6 +35,13 @@ def refused(call, *args, **settings):
         call(*args, **settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def logged(run):
+    """The lines of the log, all of which are whole."""
+    lines, damaged = metrics(run.metrics)
+    assert damaged == 0
+    return lines
 
 
 def contents(folder):
@@ -60,13 +67,13 @@ def test_cadence_validation_and_tensorboard_change_no_weight_and_no_hash(tiny, t
     for name in ("fingerprint", "weights", "order_hash", "init_hash", "tokens"):
         assert other[name] == base[name]
     assert other["val_loss"] != base["val_loss"]  # of more windows
-    assert [line["step"] for line in run.metrics() if "loss" in line] == [5, 10, 15]
-    assert [line["step"] for line in run.metrics() if "val_loss" in line] == [0, 2, 14, 16]
+    assert [line["step"] for line in logged(run) if "loss" in line] == [5, 10, 15]
+    assert [line["step"] for line in logged(run) if "val_loss" in line] == [0, 2, 14, 16]
     assert list((run.folder / "tensorboard").glob("events.*"))
 
 
 def test_the_logged_steps_are_those_of_the_schedule(tiny, tiny_run):
-    lines = [line for line in tiny_run.metrics() if "loss" in line]
+    lines = [line for line in logged(tiny_run) if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12, 14, 16]
     rate = train.optim.schedule(tiny.optimiser, 16)
     for line in lines:
@@ -81,21 +88,26 @@ def test_kept_steps(tiny):
     assert tiny.kept_steps((0.5, 0.25, 1.0, 0.0, 0.26)) == [0, 4, 8, 16]
 
 
+def looking(monkeypatch, step, evaluate=lambda tree, windows: 0.0):
+    """The trainer runs with another step, which leaves the state as it is."""
+    state = train.State({"w": jax.numpy.zeros(2)}, {"m": jax.numpy.zeros(2)})
+    program = train._Program(init=lambda seed, perturb: state, step=step, evaluate=evaluate, state=state)
+    monkeypatch.setattr(train, "_program_of", lambda *args: program)
+
+
 # --- invariant 3: what is fed -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), *MESHES])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), *MESHES])
 def test_the_same_rows_are_fed_on_every_mesh(shape, tiny, tiny_store, train_arm, tmp_path, monkeypatch):
     """The trainer runs with a step that only looks at its batch; the hash is then that of what it saw."""
     fed = []
 
-    def look(state, windows_BT):
+    def look(state, windows_BT, asked_N):
         fed.append(np.asarray(windows_BT))
-        return state, {"loss": np.float32(1)}
+        return state, {"loss": np.float32(1), "gradient_norm": np.float32(1), "asked": asked_N.max()}
 
-    state = train.State({"w": jax.numpy.zeros(2)}, {"m": jax.numpy.zeros(2)})
-    program = train._Program(init=lambda seed: state, step=look, evaluate=lambda tree, windows: 0.0, state=state)
-    monkeypatch.setattr(train, "_program_of", lambda *args: program)
+    looking(monkeypatch, look)
     run = train_arm(tiny, tmp_path / "run", devices=made(shape), name="looking")
     pool, order = tiny_store.windows(32, 64), Order(64, 8, 0)
     rows = [order.rows(step) for step in range(16)]
@@ -141,8 +153,8 @@ def test_training_on_many_devices_is_training_on_one(shape, tiny, tiny_store, ti
         for name in ("fingerprint", "init_hash", "order_hash"):
             assert many[name] == one[name]
     assert run.record(0)["weights"] == tiny_run.record(0)["weights"]
-    there = [line for line in tiny_run.metrics() if line["step"] <= 4]
-    for here, line in zip(run.metrics(), there, strict=True):
+    there = [line for line in logged(tiny_run) if line["step"] <= 4]
+    for here, line in zip(logged(run), there, strict=True):
         assert here.keys() == line.keys()
         for name in here:
             assert here[name] == pytest.approx(line[name], rel=2e-6), name
@@ -152,15 +164,16 @@ def test_training_on_many_devices_is_training_on_one(shape, tiny, tiny_store, ti
 
 
 def test_weights_and_moments_lie_as_the_table_says_and_the_old_state_is_given_up(tiny, tiny_store):
-    devices = made((2, 2, 2))
-    program = train._program_of(tiny, tiny_store, devices)
+    devices = made((1, 2, 2, 2))
+    program = train._program_of(tiny, tiny_store, devices, Run())
     specs = params.table(tiny.model, tiny_store.tokenizer.padded_size)
-    old = program.init(0)
-    windows = jax.device_put(tiny_store.windows(32, 32).rows(np.arange(8)), mesh.batch_sharding(devices))
-    new, metrics = program.step(old, windows)
+    old = program.init(0, None)
+    windows = mesh.lay(tiny_store.windows(32, 32).rows(np.arange(8)), mesh.batch_sharding(devices))
+    new, found = program.step(old, windows, train._signals(devices)[train._SAVE])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert not windows.is_deleted()
-    assert np.isfinite(float(metrics["loss"]))
+    assert np.isfinite(float(found["loss"]))
+    assert int(found["asked"]) == train._SAVE
     moments = [
         part for part in jax.tree.leaves(new.optimiser, is_leaf=lambda part: isinstance(part, dict)) if isinstance(part, dict)
     ]
@@ -184,17 +197,48 @@ def test_bfloat16_trains_with_weights_in_float32(tiny, tiny_store, tiny_run, one
     assert run.record(4)["val_loss"] == pytest.approx(tiny_run.record(4)["val_loss"], rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        ({"microbatches": 8}, (1, 1, 1, 1)),
+        ({"microbatches": 2}, (1, 2, 2, 2)),
+        ({"remat": "dots"}, (1, 1, 1, 1)),
+        ({"remat": "full", "microbatches": 2}, (1, 1, 4, 2)),
+    ],
+)
+def test_what_saves_memory_changes_last_bits_alone_and_is_recorded(
+    settings, shape, tiny, tiny_store, tiny_run, one_device, four_steps
+):
+    devices = made(shape)
+    run = four_steps(tiny, devices=devices, **settings)
+    one, other = tiny_run.record(4), run.record(4)
+    for name in ("fingerprint", "init_hash", "order_hash", "tokens"):
+        assert other[name] == one[name]
+    chosen = {"microbatches": 1, "remat": "none", **settings}
+    assert {name: other["numerics"][name] for name in chosen} == chosen
+    there = [line for line in logged(tiny_run) if line["step"] <= 4]
+    for here, line in zip(logged(run), there, strict=True):
+        assert here == pytest.approx(line, rel=2e-6)
+    weights = params.flatten(load_params(tiny_run, 4, tiny, tiny_store, one_device))
+    for path, leaf in params.flatten(load_params(run, 4, tiny, tiny_store, devices)).items():
+        np.testing.assert_allclose(leaf, weights[path], rtol=0, atol=2e-4, err_msg=path)
+
+
 # --- what stops it ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "shape", "part"),
     [
-        ({"data.batch": 4, "data.windows": 64}, (8, 1, 1), "experiment.data.batch 4 does not divide over data 8 x fsdp 1 = 8"),
-        ({"model.heads": 2}, (2, 1, 4), "parameter layers/attention/q: N = 2 does not divide over mesh.tensor = 4"),
-        ({"data.windows": 63}, (1, 1, 1), "steps are not whole: windows 63 x epochs 2 / batch 8 = 15.75"),
-        ({"data.windows": 80_000}, (1, 1, 1), "the corpus is too small: 80000 windows of 32 + 1 tokens were asked for"),
-        ({"model.width": 30}, (1, 1, 1), "model.width 30 over model.heads 4"),
+        (
+            {"data.batch": 4, "data.windows": 64},
+            (1, 8, 1, 1),
+            "experiment.data.batch 4 does not divide over data 8 x fsdp 1 = 8",
+        ),
+        ({"model.heads": 2}, (1, 2, 1, 4), "parameter layers/attention/q: N = 2 does not divide over mesh.tensor = 4"),
+        ({"data.windows": 63}, (1, 1, 1, 1), "steps are not whole: windows 63 x epochs 2 / batch 8 = 15.75"),
+        ({"data.windows": 80_000}, (1, 1, 1, 1), "the corpus is too small: 80000 windows of 32 + 1 tokens were asked for"),
+        ({"model.width": 30}, (1, 1, 1, 1), "model.width 30 over model.heads 4"),
     ],
 )
 def test_what_cannot_run_leaves_nothing_behind(changes, shape, part, tiny, train_arm, tmp_path):
@@ -217,13 +261,13 @@ def test_too_little_to_validate_on(seq_len, batch, part, tiny, train_arm, tmp_pa
 def test_the_folder_of_another_experiment_is_left_as_it_is(finished, tiny, train_arm, tmp_path):
     def stop(steps):
         if not finished:
-            raise KeyboardInterrupt
+            raise Enough
 
     try:
         run = train_arm(tiny, tmp_path / "run", advance=stop)
         owner = run.record(0)["fingerprint"]
-    except KeyboardInterrupt:
-        owner = json.loads((tmp_path / "run" / "experiment.json").read_text())["fingerprint"]
+    except Enough:
+        owner = files.read_json(tmp_path / "run" / "experiment.json")["fingerprint"]
     before = contents(tmp_path)
     assert len(before) > 5
     message = refused(train_arm, replace(tiny, "seeds.init", 1), tmp_path / "run")
@@ -238,22 +282,97 @@ def test_a_folder_of_no_known_owner_is_left_as_it_is(tiny, train_arm, tmp_path):
     assert contents(tmp_path) == {tmp_path / "run" / "thesis.txt": b"mine"}
 
 
-@pytest.mark.parametrize(
-    ("kept", "message"),
-    [
-        (1, "arm init0-order1: loss nan at step 3, last good checkpoint 1 in "),
-        (2, "arm init0-order1: validation loss nan at step 2, last good checkpoint 0 in "),
-    ],
-)
-def test_a_loss_that_is_not_finite_stops_with_arm_step_and_last_good_checkpoint(kept, message, tiny, train_arm, tmp_path):
-    """The first update makes weights whose squares overflow, the second makes them no numbers; the third loss shows it.
+@pytest.mark.parametrize(("kept", "good"), [(1, 1), (2, 0)])
+def test_a_gradient_that_is_not_finite_stops_with_arm_step_and_last_good_checkpoint(kept, good, tiny, train_arm, tmp_path):
+    """The first update makes weights whose squares overflow: the second loss is a number, its gradient is none.
 
-    So the loss of step 2 is a number, but a checkpoint of its weights would be worth nothing.
+    So a checkpoint of the weights after it would be worth nothing.
     """
     wild = replace(tiny, "optimiser.learning_rate", 1e30)
     found = refused(train_arm, wild, tmp_path / "run", name="init0-order1", checkpoints=(kept / 16,))
-    assert found.startswith(message + str(tmp_path / "run"))
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "1"][: 3 - kept]
+    message = f"arm init0-order1: gradient norm nan at step 2, last good checkpoint {good} in {tmp_path / 'run'}"
+    assert found == f"{message}: lower experiment.optimiser.learning_rate"
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "1"][: good + 1]
+    assert not list((tmp_path / "run" / "restart").glob("*"))
+
+
+def failing(steps, monkeypatch, validation=()):
+    """The trainer runs with a step whose loss or gradient is not finite at the given steps: step → name.
+
+    After the `validation` steps it is the validation loss that is not.
+    """
+    seen = []
+
+    def step(state, windows_BT, asked_N):
+        seen.append(None)
+        values = {"loss": np.float32(1), "gradient_norm": np.float32(2), "asked": asked_N.max()}
+        if len(seen) in steps:
+            values[steps[len(seen)]] = np.float32(np.inf)
+        return state, values
+
+    looking(monkeypatch, step, lambda tree, windows: np.nan if len(seen) in validation else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "validation", "what", "good"),
+    [
+        ({5: "loss"}, (), "loss inf at step 5", 4),
+        ({5: "gradient_norm"}, (), "gradient norm inf at step 5", 4),
+        ({8: "loss"}, (), "loss inf at step 8", 4),  # the last step before a checkpoint
+        ({16: "gradient_norm"}, (), "gradient norm inf at step 16", 8),  # and the last one of all
+        ({}, (8,), "validation loss nan at step 8", 4),
+        ({}, (0,), "validation loss nan at step 0", "none"),
+    ],
+)
+def test_whatever_is_not_finite_stops_before_a_checkpoint_of_it(
+    steps, validation, what, good, tiny, train_arm, tmp_path, monkeypatch
+):
+    failing(steps, monkeypatch, validation)
+    message = refused(train_arm, tiny, tmp_path / "run", checkpoints=(0.25, 0.5), log_every=1)
+    assert message.startswith(f"arm arm: {what}, last good checkpoint {good} in {tmp_path / 'run'}: ")
+    kept = checkpoint.steps(tmp_path / "run" / "checkpoints")
+    assert kept == [step for step in (0, 4, 8) if good != "none" and step <= good]
+
+
+def test_a_step_that_is_not_finite_can_be_skipped_and_leaves_the_state_as_it_was(tiny, tiny_store, one_device):
+    windows, quiet = tiny_store.windows(32, 32).rows(np.arange(8)), train._signals(one_device)[train._GO_ON]
+    for nonfinite in ("skip", "stop"):
+        program = train._program_of(replace(tiny, "optimiser.nonfinite", nonfinite), tiny_store, one_device, Run())
+        good = jax.device_get(program.init(0, None))
+        bad = good._replace(params={**good.params, "norm": np.full_like(good.params["norm"], np.inf)})
+        after, found = program.step(jax.device_put(bad), windows, quiet)
+        assert not np.isfinite(float(found["loss"]))
+        same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(bad), strict=True)]
+        assert all(same) == (nonfinite == "skip")
+        moved, found = program.step(jax.device_put(good), windows, quiet)
+        assert np.isfinite(float(found["loss"]))
+        assert not np.array_equal(moved.params["norm"], good.params["norm"])
+
+
+def test_skipped_steps_are_recorded_and_take_no_step_of_the_schedule(tiny, train_arm, tmp_path, monkeypatch):
+    failing({3: "loss", 6: "gradient_norm", 16: "loss"}, monkeypatch)
+    run = train_arm(replace(tiny, "optimiser.nonfinite", "skip"), tmp_path / "run", log_every=1, checkpoints=(0.25, 0.5))
+    assert {step: run.record(step)["skipped"] for step in (0, 4, 8, 16)} == {0: [], 4: [3], 8: [3, 6], 16: [3, 6, 16]}
+    lines = {line["step"]: line for line in logged(run) if "learning_rate" in line}
+    assert list(lines) == list(range(1, 17))
+    for step, line in lines.items():
+        assert ("loss" in line) == (step not in (3, 16))
+        assert ("gradient_norm" in line) == (step != 6)
+    rate = train.optim.schedule(tiny.optimiser, 16)
+    for step, updates in ((1, 0), (2, 1), (4, 2), (5, 3), (7, 4), (15, 12)):  # of which the third and sixth were none
+        assert lines[step]["learning_rate"] == float(rate(updates))
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_a_run_that_skips_ten_steps_running_is_given_up(first, tiny, train_arm, tmp_path, monkeypatch):
+    failing(dict.fromkeys(range(first, first + 9), "gradient_norm"), monkeypatch)
+    skip = replace(tiny, "optimiser.nonfinite", "skip")
+    assert train_arm(skip, tmp_path / "nine").record(16)["skipped"] == list(range(first, first + 9))
+    failing(dict.fromkeys(range(first, first + 10), "gradient_norm"), monkeypatch)
+    message = refused(train_arm, skip, tmp_path / "ten", name="init0-order1")
+    assert message.startswith(
+        f"arm init0-order1: gradient norm inf at step {first + 9}, after 10 skipped steps, last good checkpoint 0 in "
+    )
 
 
 def test_tensorboard_without_its_extra(tiny, train_arm, tmp_path, monkeypatch):
@@ -316,19 +435,76 @@ def test_the_trainer_approaches_the_exact_likelihood_of_held_out_stories(learner
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
+def damaged(call, *args, **settings):
+    with pytest.raises(Damaged) as caught:
+        call(*args, **settings)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
-def test_damaged_weights_are_neither_used_nor_trained_on(tiny, tiny_run, tiny_store, train_arm, one_device, tmp_path, place):
+@pytest.mark.parametrize("item", ["params", "optimiser"])
+def test_a_damaged_state_is_neither_used_nor_trained_on(
+    item, place, tiny, tiny_run, tiny_store, train_arm, one_device, tmp_path
+):
     shutil.copytree(tiny_run.folder, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
-    arrays = max((tmp_path / "run" / "checkpoints" / "8" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    step = run.checkpoints / "8"
+    arrays = max((step / item).rglob("*"), key=lambda path: path.stat().st_size)
     data = bytearray(arrays.read_bytes())
     data[int(place * len(data))] ^= 1
     arrays.write_bytes(data)
-    said = refused(load_params, run, 8, tiny, tiny_store, one_device)
-    assert "the checkpoint is damaged" in said or "cannot be restored" in said
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "16")  # so that training has to go on from step 8
-    said = refused(train_arm, tiny, tmp_path / "run", checkpoints=(0.25, 0.5))
-    assert "the checkpoint is damaged" in said or "cannot be restored" in said
+    if item == "params":
+        damage = damaged(load_params, run, 8, tiny, tiny_store, one_device)
+        assert damage.path == step
+        assert damage.why.startswith(f"is damaged: {arrays.relative_to(step)} has sha256 ")
+    shutil.rmtree(run.checkpoints / "16")  # so that training has to go on from step 8
+    before = contents(run.folder)
+    damage = damaged(train_arm, tiny, run.folder, checkpoints=(0.25, 0.5))
+    assert damage.path == step
+    assert damage.why.startswith(f"is damaged: {arrays.relative_to(step)} has sha256 ")
+    assert contents(run.folder) == before
+    step.rename(run.checkpoints / "8.damaged")  # what is done about it
+    train_arm(tiny, run.folder, checkpoints=(0.25, 0.5))
+    assert run.records() == tiny_run.records()
+    assert run.metrics.read_bytes() == tiny_run.metrics.read_bytes()
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "restart"])
+def test_weights_that_are_not_those_of_the_record_are_neither_used_nor_trained_on(
+    folder, tiny, tiny_run, tiny_store, train_arm, one_device, tmp_path
+):
+    """Every file is what was written, but the record says other weights: of a defect, not of a disk."""
+    shutil.copytree(tiny_run.folder, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    path = run.checkpoints / "8" / "manifest.json"
+    listed = files.read_json(path)
+    weights = listed["record"]["weights"]
+    files.write_json(path, {**listed, "record": {**listed["record"], "weights": "0" * 64}})
+    shutil.rmtree(run.checkpoints / "16")
+    if folder == "restart":
+        run.restart.mkdir()
+        (run.checkpoints / "8").rename(run.restart / "8")
+    else:
+        damage = damaged(load_params, run, 8, tiny, tiny_store, one_device)
+        assert damage.path == run.checkpoints / "8"
+    damage = damaged(train_arm, tiny, run.folder, checkpoints=(0.25,))
+    assert damage.path == run.folder / folder / "8"
+    assert damage.why == f"is damaged: its weights have sha256 {weights}, expected {'0' * 64}"
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "restart"])
+def test_a_state_of_another_experiment_is_not_trained_on(folder, tiny, tiny_run, train_arm, tmp_path):
+    other = train_arm(replace(tiny, "seeds.init", 1), tmp_path / "other", checkpoints=(0.5,))
+    shutil.copytree(tiny_run.folder, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    shutil.rmtree(run.checkpoints / "16")
+    shutil.rmtree(run.checkpoints / "8")
+    shutil.copytree(other.checkpoints / "8", run.folder / folder / "8")
+    damage = damaged(train_arm, tiny, run.folder, checkpoints=(0.25,))
+    assert damage.path == run.folder / folder / "8"
+    owners = [one.record(0)["fingerprint"] for one in (other, tiny_run)]
+    assert damage.why == f"is a state of the experiment {owners[0]}, expected {owners[1]}"
 
 
 def test_a_twin_of_nothing_is_refused_before_anything_is_trained(tiny, train_arm, tmp_path):

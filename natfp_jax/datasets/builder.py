@@ -15,6 +15,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from natfp_jax.errors import Damaged
+from natfp_jax.files import MANIFEST, manifest, read_remade, verify, write_json
+
 __all__ = ["TextBuilder", "quiet"]
 
 
@@ -39,6 +42,9 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, data_dir: str | Path, inputs: str, description: str) -> None:
+        prepared = Path(data_dir) / self.name / inputs / str(self.VERSION)
+        if (prepared / MANIFEST).exists():  # TFDS reads these at once, and says nothing that helps where they are damaged
+            self._verify(prepared, lambda name: name.endswith(".json"))
         with quiet():
             super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=inputs, description=description))
         self._advance: Callable[[int], None] = lambda documents: None
@@ -47,6 +53,11 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
     def documents(self) -> Iterator[tuple[str, str]]:
         """Yields (key, text), the key unique and the same on every machine: TFDS orders documents by its hash."""
 
+    @property
+    def sealed(self) -> bool:
+        """Whether the data is prepared, and its manifest written."""
+        return (Path(self.data_dir) / MANIFEST).exists()
+
     def prepare(self, advance: Callable[[int], None]) -> None:
         """Writes the data, whole or not at all, telling `advance` of the documents; for one process at a time."""
         final = Path(self.data_dir)
@@ -54,7 +65,25 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
             shutil.rmtree(remains)
         self._advance = advance
         with quiet():
-            self.download_and_prepare(file_format="array_record")
+            if not self.is_prepared():  # else a process was killed before it wrote the manifest
+                self.download_and_prepare(file_format="array_record")
+        write_json(final / MANIFEST, {"files": manifest(final)})
+
+    def verify(self) -> None:
+        """Checks the data against its manifest.
+
+        Raises:
+          Damaged: a file is not what was written.
+        """
+        self._verify(Path(self.data_dir), lambda name: True)
+
+    @staticmethod
+    def _verify(folder: Path, wanted: Callable[[str], bool]) -> None:
+        try:
+            listed = read_remade(folder / MANIFEST)["files"]
+        except Damaged as damage:
+            raise Damaged(folder, f"is damaged: its {MANIFEST} {damage.why}") from None
+        verify(folder, {name: entry for name, entry in listed.items() if wanted(name)})
 
     def _info(self) -> Any:
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))

@@ -1,0 +1,112 @@
+"""A disk that is full while a checkpoint is saved: a clear error, what was saved is whole, and with room the run goes on."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from natfp_jax import checkpoint, config, files
+from natfp_jax.config import Corpus, Data, Experiment, Factor, Model, Run, Stories, Study
+
+STUDY = Study(
+    name="full",
+    experiment=Experiment(
+        corpus=Corpus(source=Stories(count=400), vocabulary=300, validation_fraction=0.1, prompt_fraction=0.1, shards=2),
+        model=Model(width=128, layers=2, heads=4),  # 6 MB a checkpoint
+        data=Data(seq_len=32, windows=64, epochs=1, batch=8),
+    ),
+    factors=(Factor("seeds.init", (0, 1)),),
+    run=Run(checkpoints=(0.25, 0.5, 0.75), validation_windows=16),
+    sampling=config.Sampling(prompts=10, prompt_chars=20),
+)
+FILE = "from natfp_jax.config import *\n\nstudy = from_json(Study, {!r})\n"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    path = tmp_path_factory.mktemp("full") / "full.py"
+    path.write_text(FILE.format(config.to_json(STUDY)))
+    return path
+
+
+@contextlib.contextmanager
+def disk(folder, size):
+    """A file system of its own, of so many bytes; yields a function that makes it larger."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def natfp(*arguments):
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [Path(sys.executable).with_name("natfp"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=kept, check=False)
+
+
+def weights(out):
+    """Run and step → the hash of the weights."""
+    lineages = [files.read_json(path) for path in sorted(out.glob("runs/*/lineage.json"))]
+    return {(one["fingerprint"], record["step"]): record["weights"] for one in lineages for record in one["checkpoints"]}
+
+
+def whole(out):
+    """The steps that are whole, all of them checked."""
+    found = [(run / "checkpoints", step) for run in (out / "runs").iterdir() for step in checkpoint.steps(run / "checkpoints")]
+    for folder, step in found:
+        checkpoint.verify(folder, step)
+    return len(found)
+
+
+def test_a_disk_that_is_full_while_saving(study, tmp_path):
+    done = natfp("train", study, "--out", tmp_path / "roomy")
+    assert done.returncode == 0, done.stderr
+    with disk(tmp_path / "small", 24 << 20) as enlarged:
+        out = tmp_path / "small" / "out"
+        done = natfp("train", study, "--out", out)
+        assert done.returncode == 2
+        lines = done.stderr.splitlines()
+        assert lines[-1].startswith("natfp: No space left on device: a checkpoint takes ")
+        assert lines[-1].endswith("make room or give another --out, then run the same command again")
+        assert "Traceback" not in done.stderr
+        assert 0 < whole(out) < 10
+        enlarged(200 << 20)
+        done = natfp("train", study, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert "damaged" not in done.stderr
+        assert whole(out) == 10
+        assert weights(out) == weights(tmp_path / "roomy")
+
+
+UNASKED = """
+import sys
+from natfp_jax import cli
+from natfp_jax.checkpoint import Checkpoints
+Checkpoints._check_room = lambda self, state: None
+sys.argv[0] = "natfp"
+cli.main()
+"""
+
+
+def test_a_disk_that_another_fills_in_the_middle_of_a_save(study, tmp_path):
+    """The room was there when it was asked for; Orbax finds out, in threads of its own, which say so at length."""
+    with disk(tmp_path / "small", 24 << 20) as enlarged:
+        out = tmp_path / "small" / "out"
+        kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        command = [sys.executable, "-c", UNASKED, "train", str(study), "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, env=kept, check=False)
+        assert done.returncode == 2, done.stderr
+        said = [line for line in done.stderr.splitlines() if line.startswith("natfp: ")]
+        assert said == ["natfp: No space left on device: make room or give another --out, then run the same command again"]
+        assert 0 < whole(out) < 10
+        enlarged(200 << 20)
+        done = natfp("train", study, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert whole(out) == 10
