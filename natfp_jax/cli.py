@@ -214,7 +214,7 @@ def audit(
 
     from natfp_jax import processes
     from natfp_jax.audit import audit as claims_of
-    from natfp_jax.audit import table
+    from natfp_jax.claims import table
 
     processes.start(None, Study(name="audit").run.heartbeat_seconds)
     with Progress() as progress:

@@ -1,129 +1,35 @@
 """Training one arm.
 
-Owns the state, the jitted step, the loop, and what is recorded at each kept checkpoint. Everything but the state is a function
-of the step, so a restart from any saved state gives the bits of an untouched run. Must not know studies, sampling or reports.
+Owns the loop, what is saved and when, and what is recorded at each kept checkpoint. Everything but the state is a function of
+the step, so a restart from any saved state gives the bits of an untouched run. Must not know studies, sampling or reports.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from natfp_jax import checkpoint, mesh, optim, params, processes
-from natfp_jax.checkpoint import Checkpoints, with_shardings
-from natfp_jax.config import Experiment, Model, Optimiser, Run
+from natfp_jax.checkpoint import Checkpoints
+from natfp_jax.config import Experiment, Run
 from natfp_jax.corpus import Store
 from natfp_jax.errors import Damaged, Stopped, UserError
 from natfp_jax.lineage import Identity, code, numerics, weight_hash
-from natfp_jax.loss import block_length, blocked_cross_entropy
-from natfp_jax.model import head, hidden
+from natfp_jax.loss import block_length
 from natfp_jax.order import Order, order_hash
 from natfp_jax.params import Params
+from natfp_jax.program import State, one_each, program_of
 from natfp_jax.runs import MetricsLog, RunFolder
 from natfp_jax.stopping import Stop
 
-__all__ = ["EARLY", "State", "check", "conditions", "load_params", "replay", "train"]
+__all__ = ["EARLY", "check", "conditions", "load_params", "replay", "train"]
 
 EARLY = (1, 2, 4, 8)  # steps whose weights are hashed, so that an audit can prove the descent from step 0 in a moment
 SKIPS = 10  # steps left out one after another before a run that skips them is given up
 _GO_ON, _SAVE, _STOP = 0, 1, 2  # what a process asks for; the most of them is what all do
-
-
-class State(NamedTuple):
-    """All that training carries from step to step."""
-
-    params: Params
-    optimiser: optax.OptState
-
-
-class _Program(NamedTuple):
-    init: Callable[..., State]  # seed, perturbation → state at step 0
-    step: Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]
-    evaluate: Callable[[Params, jax.Array], jax.Array]  # mean loss of one batch
-    state: State  # shapes, dtypes and shardings
-
-
-@lru_cache(maxsize=8)
-def _program(
-    model: Model,
-    optimiser: Optimiser,
-    steps: int,
-    vocabulary: int,
-    padded: int,
-    devices: jax.sharding.Mesh,
-    microbatches: int,
-    remat: Any,
-) -> _Program:
-    """The jitted functions; arms that differ only in seeds share them, and so compile once."""
-    specs = params.table(model, padded)
-    tx = optim.optimiser(optimiser, steps, specs)
-
-    def loss(tree: Params, windows_BT: jax.Array) -> jax.Array:
-        x_BTD = hidden(model, tree, windows_BT[:, :-1], devices, remat)
-        return blocked_cross_entropy(x_BTD, head(tree), windows_BT[:, 1:], vocabulary)
-
-    def gradients(tree: Params, windows_BT: jax.Array) -> tuple[jax.Array, Params]:
-        if microbatches == 1:
-            return jax.value_and_grad(loss)(tree, windows_BT)
-        # Part i has the rows i, i + parts, ...: each device keeps its rows.
-        parts = jnp.moveaxis(windows_BT.reshape(-1, microbatches, windows_BT.shape[1]), 1, 0)
-        start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, tree))
-
-        def add(total: tuple[jax.Array, Params], part: jax.Array) -> tuple[tuple[jax.Array, Params], None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(tree, part)), None
-
-        total, _ = jax.lax.scan(add, start, parts)
-        summed: tuple[jax.Array, Params] = jax.tree.map(lambda leaf: leaf / microbatches, total)
-        return summed
-
-    def step(state: State, windows_BT: jax.Array, asked_N: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        value, gradient = gradients(state.params, windows_BT)
-        updates, opt_state = tx.update(gradient, state.optimiser, state.params)
-        new = State(optax.apply_updates(state.params, updates), opt_state)
-        norm = optax.global_norm(gradient)
-        if optimiser.nonfinite == "skip":
-            good = jnp.isfinite(value) & jnp.isfinite(norm)
-            new = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
-        return new, {"loss": value, "gradient_norm": norm, "asked": asked_N.max()}
-
-    by_table, one, rows = mesh.param_shardings(devices, specs), mesh.replicated(devices), mesh.batch_sharding(devices)
-    shapes = State(params.abstract(specs), jax.eval_shape(tx.init, params.abstract(specs)))
-    opt_shardings = optax.tree_map_params(
-        tx, lambda _, sharding: sharding, shapes.optimiser, by_table, transform_non_params=lambda _: one
-    )
-    shardings = State(by_table, opt_shardings)
-    start = jax.jit(tx.init, out_shardings=opt_shardings)
-
-    def init(seed: int, perturb: Any) -> State:
-        tree = params.init(specs, seed, by_table, perturb)
-        return State(tree, start(tree))
-
-    return _Program(
-        init=init,
-        step=jax.jit(
-            step, in_shardings=(shardings, rows, _one_each(devices)), out_shardings=(shardings, one), donate_argnums=0
-        ),
-        evaluate=jax.jit(loss, in_shardings=(by_table, rows), out_shardings=one),
-        state=with_shardings(shapes, shardings),
-    )
-
-
-def _one_each(devices: jax.sharding.Mesh) -> NamedSharding:
-    """One value a device: every process has its own say."""
-    return NamedSharding(devices, PartitionSpec(mesh.AXES))
-
-
-def _program_of(experiment: Experiment, store: Store, devices: jax.sharding.Mesh, settings: Run) -> _Program:
-    vocabulary, padded = store.tokenizer.size, store.tokenizer.padded_size
-    shapes = vocabulary, padded, devices, settings.microbatches, settings.remat
-    return _program(experiment.model, experiment.optimiser, experiment.steps, *shapes)
 
 
 def load_params(run: RunFolder, step: int, experiment: Experiment, store: Store, devices: jax.sharding.Mesh) -> Params:
@@ -139,7 +45,7 @@ def load_params(run: RunFolder, step: int, experiment: Experiment, store: Store,
         return str(run.record(step)["weights"])
 
     weights = processes.led(checked)
-    tree, _ = checkpoint.restore(run.checkpoints, step, _program_of(experiment, store, devices, Run()).state.params)
+    tree, _ = checkpoint.restore(run.checkpoints, step, program_of(experiment, store, devices, Run()).state.params)
     if (got := weight_hash(tree)) != weights:
         raise Damaged(run.checkpoints / str(step), f"is damaged: its weights have sha256 {got}, expected {weights}")
     return tree
@@ -237,7 +143,7 @@ class _Trainer:
         self.experiment, self.identity, self.run, self.settings, self.name = experiment, identity, run, settings, name
         self.stop = stop
         data = experiment.data
-        self.program = _program_of(experiment, store, devices, settings)
+        self.program = program_of(experiment, store, devices, settings)
         self.rows, self.signals = mesh.batch_sharding(devices), _signals(devices)
         self.pool = store.windows(data.seq_len, data.windows)
         self.validation = _validation(store, experiment, settings)
@@ -383,7 +289,7 @@ class _Trainer:
 
 def _signals(devices: jax.sharding.Mesh) -> list[jax.Array]:
     """What a process can ask for, on its own devices: made once, so that it costs nothing a step."""
-    sharding = _one_each(devices)
+    sharding = one_each(devices)
     shape = (devices.size,)
     return [
         jax.make_array_from_callback(shape, sharding, lambda index, asked=asked: np.full(1, asked, np.int32))  # type: ignore[misc]
@@ -403,7 +309,7 @@ def replay(
 ) -> Iterator[tuple[int, Params]]:
     """The weights after each step from the seeds alone, step 0 first; nothing is written. They are given up at the next one."""
     data = experiment.data
-    program, order = _program_of(experiment, store, devices, settings), Order(data.windows, data.batch, experiment.seeds.order)
+    program, order = program_of(experiment, store, devices, settings), Order(data.windows, data.batch, experiment.seeds.order)
     pool, rows, quiet = store.windows(data.seq_len, data.windows), mesh.batch_sharding(devices), _signals(devices)[_GO_ON]
     state = program.init(experiment.seeds.init, experiment.perturb)
     yield 0, state.params

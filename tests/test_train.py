@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from natfp_jax import checkpoint, config, files, mesh, params, train
+from natfp_jax import checkpoint, config, files, mesh, params, program, train
 from natfp_jax.ceiling import log_likelihood
 from natfp_jax.config import Corpus, Data, Experiment, Model, Optimiser, Run, Stories, replace
 from natfp_jax.corpus import prepare
@@ -90,9 +90,9 @@ def test_kept_steps(tiny):
 
 def looking(monkeypatch, step, evaluate=lambda tree, windows: 0.0):
     """The trainer runs with another step, which leaves the state as it is."""
-    state = train.State({"w": jax.numpy.zeros(2)}, {"m": jax.numpy.zeros(2)})
-    program = train._Program(init=lambda seed, perturb: state, step=step, evaluate=evaluate, state=state)
-    monkeypatch.setattr(train, "_program_of", lambda *args: program)
+    state = program.State({"w": jax.numpy.zeros(2)}, {"m": jax.numpy.zeros(2)})
+    fake = program.Program(init=lambda seed, perturb: state, step=step, evaluate=evaluate, state=state)
+    monkeypatch.setattr(train, "program_of", lambda *args: fake)
 
 
 # --- invariant 3: what is fed -----------------------------------------------------------------------------------------
@@ -165,11 +165,11 @@ def test_training_on_many_devices_is_training_on_one(shape, tiny, tiny_store, ti
 
 def test_weights_and_moments_lie_as_the_table_says_and_the_old_state_is_given_up(tiny, tiny_store):
     devices = made((1, 2, 2, 2))
-    program = train._program_of(tiny, tiny_store, devices, Run())
+    compiled = train.program_of(tiny, tiny_store, devices, Run())
     specs = params.table(tiny.model, tiny_store.tokenizer.padded_size)
-    old = program.init(0, None)
+    old = compiled.init(0, None)
     windows = mesh.lay(tiny_store.windows(32, 32).rows(np.arange(8)), mesh.batch_sharding(devices))
-    new, found = program.step(old, windows, train._signals(devices)[train._SAVE])
+    new, found = compiled.step(old, windows, train._signals(devices)[train._SAVE])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert not windows.is_deleted()
     assert np.isfinite(float(found["loss"]))
@@ -337,14 +337,14 @@ def test_whatever_is_not_finite_stops_before_a_checkpoint_of_it(
 def test_a_step_that_is_not_finite_can_be_skipped_and_leaves_the_state_as_it_was(tiny, tiny_store, one_device):
     windows, quiet = tiny_store.windows(32, 32).rows(np.arange(8)), train._signals(one_device)[train._GO_ON]
     for nonfinite in ("skip", "stop"):
-        program = train._program_of(replace(tiny, "optimiser.nonfinite", nonfinite), tiny_store, one_device, Run())
-        good = jax.device_get(program.init(0, None))
+        compiled = train.program_of(replace(tiny, "optimiser.nonfinite", nonfinite), tiny_store, one_device, Run())
+        good = jax.device_get(compiled.init(0, None))
         bad = good._replace(params={**good.params, "norm": np.full_like(good.params["norm"], np.inf)})
-        after, found = program.step(jax.device_put(bad), windows, quiet)
+        after, found = compiled.step(jax.device_put(bad), windows, quiet)
         assert not np.isfinite(float(found["loss"]))
         same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(bad), strict=True)]
         assert all(same) == (nonfinite == "skip")
-        moved, found = program.step(jax.device_put(good), windows, quiet)
+        moved, found = compiled.step(jax.device_put(good), windows, quiet)
         assert np.isfinite(float(found["loss"]))
         assert not np.array_equal(moved.params["norm"], good.params["norm"])
 

@@ -20,8 +20,9 @@ import numpy as np
 from rich.console import Console
 
 from natfp_jax import checkpoint, config, files, mesh, params
-from natfp_jax.audit import Claim, audit, table
+from natfp_jax.audit import audit
 from natfp_jax.checkpoint import Checkpoints
+from natfp_jax.claims import Claim, table
 from natfp_jax.config import Experiment, Study, load_study
 from natfp_jax.corpus import opened
 from natfp_jax.lineage import weight_hash

@@ -1,0 +1,241 @@
+"""One run under audit: what its files claim of its lineage.
+
+Owns the claims of one run, recomputed from its seeds and its corpus. Must not know studies.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from natfp_jax import checkpoint, config, files, lineage, mesh, params
+from natfp_jax.claims import Claim, attempt, short, unless
+from natfp_jax.config import Experiment, Run
+from natfp_jax.corpus import Store
+from natfp_jax.errors import UserError
+from natfp_jax.lineage import weight_hash
+from natfp_jax.order import Order, order_hash
+from natfp_jax.runs import RunFolder
+from natfp_jax.train import conditions, replay
+
+__all__ = ["AuditedRun"]
+
+
+class AuditedRun:
+    """One run under audit."""
+
+    def __init__(self, run: RunFolder, names: dict[str, str], stores: dict[tuple[str, str], Store]) -> None:
+        self.run, self._names, self._stores = run, names, stores
+        self.subject = f"run {run.folder.name}"
+
+    def readable(self, claims: list[Claim]) -> bool:
+        """Whether the run says what it is; claims that it is what it says."""
+
+        def named() -> str | None:
+            owner = files.read_json(self.run.folder / "experiment.json")
+            self.experiment = config.from_json(Experiment, owner["experiment"])
+            self.inputs: dict[str, str] = owner["inputs"]
+            self.fingerprint: str = owner["fingerprint"]
+            self.subject = self._names.get(self.fingerprint, self.subject)
+            folder = self.run.folder.name
+            return unless(config.fingerprint(self.experiment, self.inputs), self.fingerprint, "its fingerprint is") or unless(
+                folder, self.fingerprint[:16], f"the folder {folder} holds the experiment"
+            )
+
+        claim = attempt(self.subject, "its folder is named after the experiment in it", named)
+        claims.append(replace(claim, subject=self.subject))
+        return claim.verdict == "proven"
+
+    @cached_property
+    def store(self) -> Store | None:
+        """The token store that it was trained on, if it is whole and here."""
+        return self._stores.get((self.inputs["corpus"], self.inputs["tokenizer"]))
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """The steps that have a folder."""
+        folder = self.run.checkpoints
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+    @cached_property
+    def records(self) -> dict[int, dict[str, Any]]:
+        """The records that can be read."""
+        found = {}
+        for step in self.steps:
+            with suppress(UserError):
+                found[step] = checkpoint.record(self.run.checkpoints, step)
+        return found
+
+    @cached_property
+    def init_hash(self) -> str | None:
+        """What the seed gives on this machine."""
+        if self.store is None:
+            return None
+        specs = params.table(self.experiment.model, self.store.tokenizer.padded_size)
+        return weight_hash(params.init(specs, self.experiment.seeds.init, perturb=self.experiment.perturb))
+
+    def order_hashes(self, steps: list[int]) -> dict[int, str]:
+        """The order hash at each of `steps`, ascending, from the seed."""
+        data = self.experiment.data
+        order, fed, at, found = Order(data.windows, data.batch, self.experiment.seeds.order), self.inputs["pool"], 0, {}
+        for step in steps:
+            for one in range(at, step):
+                fed = order_hash(fed, order.rows(one))
+            at, found[step] = step, fed
+        return found
+
+    def claims(self, known: dict[str, "AuditedRun"], replayed: int) -> Iterator[Claim]:
+        """All of the run's claims."""
+        steps = f"checkpoints {', '.join(map(str, self.steps))}"
+        yield attempt(self.subject, f"{steps}: every file is what was written", lambda: self._each(self._whole))
+        yield attempt(
+            self.subject, f"{steps} are of this experiment", lambda: self._each(lambda step: self._owner(step, known))
+        )
+        if self.store is None:
+            yield Claim(self.subject, "corpus, init and order", "recorded", "its corpus is not here, or is damaged")
+        else:
+            yield from self._recomputed(known, replayed)
+        yield attempt(self.subject, "each checkpoint descends from the one before it, and all from step 0", self._chain)
+        yield attempt(self.subject, "lineage.json says what the checkpoints say, and the log is whole", self._gathered)
+
+    def _each(self, check: Callable[[int], str | None]) -> str | None:
+        """What is wrong with each checkpoint."""
+
+        def wrong(step: int) -> str | None:
+            try:
+                return check(step)
+            except UserError as error:
+                return str(error)
+
+        found = {step: wrong(step) for step in self.steps}
+        return "; ".join(f"step {step}: {what}" for step, what in found.items() if what) or None
+
+    def _whole(self, step: int) -> None:
+        checkpoint.verify(self.run.checkpoints, step)
+
+    def _owner(self, step: int, known: dict[str, "AuditedRun"]) -> str | None:
+        owner = checkpoint.record(self.run.checkpoints, step)["fingerprint"]
+        if owner == self.fingerprint:
+            return None
+        whose = known[owner].subject if owner in known else f"the experiment {owner[:16]}"
+        return f"it is a checkpoint of {whose}, under the name of {self.subject}"
+
+    def _recomputed(self, known: dict[str, "AuditedRun"], replayed: int) -> Iterator[Claim]:
+        assert self.store is not None
+        data, store = self.experiment.data, self.store
+        yield attempt(
+            self.subject,
+            "the pool of windows has the recorded hash",
+            lambda: unless(store.windows(data.seq_len, data.windows).sha256(), self.inputs["pool"], "its pool is recorded as"),
+        )
+        yield attempt(self.subject, "checkpoints hold the weights whose hash they record", lambda: self._each(self._weights))
+        yield self._init(known)
+        yield attempt(self.subject, "the windows were fed in the order of the seed", lambda: self._order(known))
+        yield self._replayed(replayed)
+
+    def _devices(self, step: int | None = None) -> jax.sharding.Mesh:
+        """The mesh that a step was trained on, or one device."""
+        if step is not None:
+            return mesh.make(config.Mesh(**self.records[step]["numerics"]["mesh"]))
+        return mesh.make(config.Mesh(), jax.devices()[:1])
+
+    def _weights(self, step: int) -> str | None:
+        assert self.store is not None
+        if step not in self.records:
+            return "its record cannot be read"
+        specs = params.table(self.experiment.model, self.store.tokenizer.padded_size)
+        like = checkpoint.with_shardings(params.abstract(specs), mesh.param_shardings(self._devices(), specs))
+        got, _ = checkpoint.restore(self.run.checkpoints, step, like)
+        return unless(self.records[step]["weights"], weight_hash(got), "its weights have sha256")
+
+    def _same_software(self, step: int) -> bool:
+        """Whether this machine draws the numbers that the run's machine drew."""
+        there, here = self.records[step]["numerics"], lineage.numerics(self._devices())
+        names = ("backend", "device", "machine")
+        return all(there[name] == here[name] for name in names) and there["versions"]["jax"] == here["versions"]["jax"]
+
+    def _init(self, known: dict[str, "AuditedRun"]) -> Claim:
+        seed = self.experiment.seeds.init
+        claim = f"the weights of step 0 are those of init seed {seed}"
+        wrong = {step: record["init_hash"] for step, record in self.records.items() if record["init_hash"] != self.init_hash}
+        if 0 in self.records and self.records[0]["weights"] != self.init_hash:
+            wrong[0] = self.records[0]["weights"]
+        if not self.records:
+            return Claim(self.subject, claim, "recorded", "there is no checkpoint")
+        if not wrong:
+            return Claim(self.subject, claim, "proven")
+        step, got = next(iter(wrong.items()))
+        whose = [run for run in known.values() if run is not self and run.init_hash == got]
+        named = f": that is init seed {whose[0].experiment.seeds.init} of {whose[0].subject}" if whose else ""
+        detail = f"checkpoint {step} says {short(got)}, the seed gives {short(self.init_hash)}{named}"
+        if whose or self._same_software(step):
+            return Claim(self.subject, claim, "false", detail)
+        return Claim(self.subject, claim, "recorded", f"{detail}; it was made by another machine or version of jax")
+
+    def _order(self, known: dict[str, "AuditedRun"]) -> str | None:
+        for step, expected in self.order_hashes(list(self.records)).items():
+            if (got := self.records[step]["order_hash"]) != expected:
+                others = [run for run in known.values() if run is not self and run.order_hashes([step])[step] == got]
+                named = f": that is order seed {others[0].experiment.seeds.order} of {others[0].subject}" if others else ""
+                seed = self.experiment.seeds.order
+                return f"checkpoint {step} records {short(got)}, order seed {seed} gives {short(expected)}{named}"
+        return None
+
+    def _replayed(self, replayed: int) -> Claim:
+        """Trains the first steps again, and compares every hash of weights that is recorded of them."""
+        assert self.store is not None
+        recorded: dict[int, tuple[str, int]] = {}  # step → hash, and the checkpoint that says so
+        for step, record in sorted(self.records.items(), reverse=True):
+            recorded[step] = record["weights"], step
+            recorded.update({int(early): (sha256, step) for early, sha256 in record["early"].items()})
+        wanted = {step: said for step, said in sorted(recorded.items()) if 0 < step <= replayed}
+        claim = f"the weights of steps {', '.join(map(str, wanted))} follow from the seeds"
+        if not wanted:
+            return Claim(self.subject, f"the weights of the first {replayed} steps", "recorded", "none of them is recorded")
+        witness = self.records[max(said for _, said in wanted.values())]
+        there = witness["numerics"]
+        settings = Run(microbatches=there["microbatches"], remat=there["remat"])
+        try:
+            devices = self._devices(witness["step"])
+        except UserError as error:
+            return Claim(self.subject, claim, "recorded", str(error))
+        here = conditions(self.experiment, settings, devices)
+        if differ := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
+            return Claim(self.subject, claim, "recorded", f"this machine differs in {', '.join(differ)}")
+        for step, weights in replay(self.experiment, self.store, settings, devices, max(wanted)):
+            if step in wanted and (got := weight_hash(weights)) != wanted[step][0]:
+                detail = f"step {step} gives {short(got)}, checkpoint {wanted[step][1]} records {short(wanted[step][0])}"
+                return Claim(
+                    self.subject, claim, "false", f"{detail}: it was not trained from this step 0, or not by this code"
+                )
+        return Claim(self.subject, claim, "proven")
+
+    def _chain(self) -> str | None:
+        if missing := [step for step in self.steps if step not in self.records]:
+            return f"the records of {missing} cannot be read"
+        if 0 not in self.records:
+            return "there is no checkpoint at step 0"
+        init = self.records[0]["weights"]
+        for step, record in self.records.items():
+            parent = record["parent"]
+            if record["init_hash"] != init:
+                return f"checkpoint {step} descends from {short(record['init_hash'])}, step 0 is {short(init)}"
+            if step == 0:
+                if parent is not None:
+                    return f"checkpoint 0 has a parent, step {parent['step']}"
+            elif parent is None or not parent["step"] < step:
+                return f"checkpoint {step} has no parent before it"
+            elif parent["step"] not in self.records:
+                return f"checkpoint {step} descends from step {parent['step']}, which is not here"
+            elif (got := self.records[parent["step"]]["weights"]) != parent["weights"]:
+                return f"checkpoint {step} descends from {short(parent['weights'])}, step {parent['step']} is {short(got)}"
+        return None
+
+    def _gathered(self) -> str | None:
+        written = files.read_remade(self.run.folder / "lineage.json")
+        if written["checkpoints"] != list(self.records.values()):
+            return "lineage.json differs from the records of the checkpoints"
+        return self.run.damaged_metrics()
