@@ -103,7 +103,11 @@ class _Study:
         yield attempt(subject, "every arm is the experiment that the study says", lambda: self._arms(known))
         claim = "arms differ where their seeds differ, and are equal where they are equal"
         yield attempt(subject, claim, lambda: self._distinct(known))
-        yield attempt(subject, "texts are what was drawn, from the weights of their arm and step", lambda: self._texts(known))
+        yield attempt(
+            subject,
+            "texts are what was written, and made out to the weights of their arm and step",
+            lambda: self._texts(known, stores),
+        )
         for name in ("attribution.json", "timings.json", "report/summary.json"):
             if (self.folder / name).exists():
                 yield attempt(subject, f"{name} is what was written", lambda name=name: self._result(name, known))  # type: ignore[misc]
@@ -118,7 +122,7 @@ class _Study:
                 config.fingerprint(arm.experiment, entry["inputs"]), entry["fingerprint"], f"arms.json says that arm {name} is"
             ):
                 return wrong
-            if entry["fingerprint"] not in known:
+            if entry["fingerprint"] not in known and (self.folder / "attribution.json").exists():
                 return f"arm {name} has no run that can be read, expected {entry['fingerprint'][:16]}"
         return None
 
@@ -153,18 +157,21 @@ class _Study:
                     return f"arms {other} and {name} have the same weights at step {step}, {short(record['weights'])}"
         return None
 
-    def _texts(self, known: dict[str, AuditedRun]) -> str | None:
+    def _texts(self, known: dict[str, AuditedRun], stores: dict[tuple[str, str], Store]) -> str | None:
         found = []
         for one in draws(self.study):
             path = self.folder / "draws" / f"{one.arm}.step{one.step}.draw{one.number}.parquet"
             if texts.exists(path):
-                claim = attempt("", "", lambda path=path, one=one: self._drawn(path, one, known))  # type: ignore[misc]
+                claim = attempt("", "", lambda path=path, one=one: self._drawn(path, one, known, stores))  # type: ignore[misc]
                 found += [f"{path.stem}: {claim.detail}"] if claim.verdict == "false" else []
         return "; ".join(found) or None
 
-    def _drawn(self, path: Path, one: Any, known: dict[str, AuditedRun]) -> str | None:
+    def _drawn(self, path: Path, one: Any, known: dict[str, AuditedRun], stores: dict[tuple[str, str], Store]) -> str | None:
         table, record = texts.read(path), texts.read_record(path)
         run = known[self.listed[one.arm]["fingerprint"]]
+        store = next((store for (_, tokenizer), store in stores.items() if tokenizer == record["inputs"]["tokenizer"]), None)
+        if store is not None and [store.tokenizer.decode(ids) for ids in table["ids"].to_pylist()] != table["text"].to_pylist():
+            return "its texts are not those of its ids"
         for column, expected in (("arm", one.arm), ("checkpoint", one.step), ("draw", one.number)):
             if set(table[column].to_pylist()) - {expected}:
                 return f"its column {column} is not {expected} everywhere"

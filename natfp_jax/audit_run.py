@@ -12,11 +12,12 @@ from typing import Any
 import jax
 
 from natfp_jax import checkpoint, config, files, lineage, mesh, params
-from natfp_jax.claims import Claim, attempt, short, unless
+from natfp_jax.claims import Claim, attempt, guarded, short, unless
 from natfp_jax.config import Experiment, Run
 from natfp_jax.corpus import Store
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import weight_hash
+from natfp_jax.lock import held
 from natfp_jax.order import Order, order_hash
 from natfp_jax.runs import RunFolder
 from natfp_jax.train import conditions, replay
@@ -58,7 +59,14 @@ class AuditedRun:
     def steps(self) -> list[int]:
         """The steps that have a folder."""
         folder = self.run.checkpoints
-        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+        found = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+        # Of a training that was killed, the next command sets aside what was being saved.
+        return [step for step in found if self.finished or (folder / str(step) / files.MANIFEST).exists()]
+
+    @property
+    def finished(self) -> bool:
+        """Whether its training has come to an end."""
+        return (self.run.folder / "lineage.json").exists()
 
     @cached_property
     def records(self) -> dict[int, dict[str, Any]]:
@@ -89,6 +97,9 @@ class AuditedRun:
 
     def claims(self, known: dict[str, "AuditedRun"], replayed: int) -> Iterator[Claim]:
         """All of the run's claims."""
+        if held(self.run.folder):
+            yield Claim(self.subject, "its training", "recorded", "a process is at it: audit it again afterwards")
+            return
         steps = f"checkpoints {', '.join(map(str, self.steps))}"
         yield attempt(self.subject, f"{steps}: every file is what was written", lambda: self._each(self._whole))
         yield attempt(
@@ -98,8 +109,11 @@ class AuditedRun:
             yield Claim(self.subject, "corpus, init and order", "recorded", "its corpus is not here, or is damaged")
         else:
             yield from self._recomputed(known, replayed)
-        yield attempt(self.subject, "each checkpoint descends from the one before it, and all from step 0", self._chain)
-        yield attempt(self.subject, "lineage.json says what the checkpoints say, and the log is whole", self._gathered)
+        yield attempt(self.subject, "each checkpoint names the weights of one before it, back to step 0", self._chain)
+        if self.finished:
+            yield attempt(self.subject, "lineage.json says what the checkpoints say, and the log is whole", self._gathered)
+        else:
+            yield Claim(self.subject, "its training", "recorded", "it is not finished")
 
     def _each(self, check: Callable[[int], str | None]) -> str | None:
         """What is wrong with each checkpoint."""
@@ -132,14 +146,12 @@ class AuditedRun:
             lambda: unless(store.windows(data.seq_len, data.windows).sha256(), self.inputs["pool"], "its pool is recorded as"),
         )
         yield attempt(self.subject, "checkpoints hold the weights whose hash they record", lambda: self._each(self._weights))
-        yield self._init(known)
+        yield guarded(self.subject, "the weights of step 0 are those of the init seed", lambda: self._init(known))
         yield attempt(self.subject, "the windows were fed in the order of the seed", lambda: self._order(known))
-        yield self._replayed(replayed)
+        yield guarded(self.subject, "the first weights follow from the seeds", lambda: self._replayed(replayed))
 
-    def _devices(self, step: int | None = None) -> jax.sharding.Mesh:
-        """The mesh that a step was trained on, or one device."""
-        if step is not None:
-            return mesh.make(config.Mesh(**self.records[step]["numerics"]["mesh"]))
+    def _devices(self) -> jax.sharding.Mesh:
+        """One device, which is enough to read with."""
         return mesh.make(config.Mesh(), jax.devices()[:1])
 
     def _weights(self, step: int) -> str | None:
@@ -184,10 +196,21 @@ class AuditedRun:
                 return f"checkpoint {step} records {short(got)}, order seed {seed} gives {short(expected)}{named}"
         return None
 
+    def _early(self) -> str | None:
+        """What two records say differently of one step's weights."""
+        said: dict[int, tuple[str, int]] = {}
+        for step, record in self.records.items():
+            told = {**{int(early): sha256 for early, sha256 in record["early"].items()}, step: record["weights"]}
+            for of, sha256 in told.items():
+                before, other = said.setdefault(of, (sha256, step))
+                if before != sha256:
+                    return f"checkpoints {other} and {step} record {short(before)} and {short(sha256)} for step {of}"
+        return None
+
     def _replayed(self, replayed: int) -> Claim:
         """Trains the first steps again, and compares every hash of weights that is recorded of them."""
         assert self.store is not None
-        recorded: dict[int, tuple[str, int]] = {}  # step → hash, and the checkpoint that says so
+        recorded: dict[int, tuple[str, int]] = {}  # step → hash, and the first checkpoint that says so
         for step, record in sorted(self.records.items(), reverse=True):
             recorded[step] = record["weights"], step
             recorded.update({int(early): (sha256, step) for early, sha256 in record["early"].items()})
@@ -195,11 +218,18 @@ class AuditedRun:
         claim = f"the weights of steps {', '.join(map(str, wanted))} follow from the seeds"
         if not wanted:
             return Claim(self.subject, f"the weights of the first {replayed} steps", "recorded", "none of them is recorded")
+        if wrong := self._early():
+            return Claim(self.subject, claim, "false", wrong)
+        # Of a training that was carried out in several ways, the first stretch.
         witness = self.records[max(said for _, said in wanted.values())]
-        there = witness["numerics"]
+        there = witness["before"][0]["numerics"] if witness["before"] else witness["numerics"]
+        until = witness["before"][0]["until"] if witness["before"] else witness["step"]
+        if max(wanted) > until:
+            detail = f"it was trained in several ways, until step {until} in the first"
+            return Claim(self.subject, claim, "recorded", f"{detail}: audit with --replay {until}, or fewer")
         settings = Run(microbatches=there["microbatches"], remat=there["remat"])
         try:
-            devices = self._devices(witness["step"])
+            devices = mesh.make(config.Mesh(**there["mesh"]))
         except UserError as error:
             return Claim(self.subject, claim, "recorded", str(error))
         here = conditions(self.experiment, settings, devices)
@@ -208,16 +238,16 @@ class AuditedRun:
         for step, weights in replay(self.experiment, self.store, settings, devices, max(wanted)):
             if step in wanted and (got := weight_hash(weights)) != wanted[step][0]:
                 detail = f"step {step} gives {short(got)}, checkpoint {wanted[step][1]} records {short(wanted[step][0])}"
-                return Claim(
-                    self.subject, claim, "false", f"{detail}: it was not trained from this step 0, or not by this code"
-                )
+                return Claim(self.subject, claim, "false", f"{detail}: not trained from this step 0, or by other code")
         return Claim(self.subject, claim, "proven")
 
     def _chain(self) -> str | None:
         if missing := [step for step in self.steps if step not in self.records]:
             return f"the records of {missing} cannot be read"
-        if 0 not in self.records:
+        if self.steps and 0 not in self.records:
             return "there is no checkpoint at step 0"
+        if not self.steps:
+            return None if not self.finished else "there is no checkpoint"
         init = self.records[0]["weights"]
         for step, record in self.records.items():
             parent = record["parent"]

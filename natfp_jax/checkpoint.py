@@ -25,7 +25,7 @@ from natfp_jax import files, processes
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.files import MANIFEST
 
-__all__ = ["Checkpoints", "record", "restore", "steps", "verify", "with_shardings"]
+__all__ = ["Checkpoints", "record", "remove", "restore", "steps", "verify", "with_shardings"]
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of a save as news
 
@@ -110,6 +110,14 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
+def remove(folder: Path, step: int) -> None:
+    """Removes a step: there is never half of one under its own name."""
+    hidden = folder / f".{step}.removed"
+    shutil.rmtree(hidden, ignore_errors=True)  # of a killed process
+    (folder / str(step)).rename(hidden)
+    shutil.rmtree(hidden)
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -136,8 +144,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            # After an error of ours too, so that what was saved before it counts; not where another process may be gone.
-            if kind is None or (issubclass(kind, Exception) and not issubclass(kind, jax.errors.JaxRuntimeError)):
+            # After an error too, so that what was saved before it counts; not where the other processes do not know of it.
+            if kind is None or (issubclass(kind, Exception) and processes.together(value)):
                 with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
                     self.settle(wait=True)
                     self._manager.close()
@@ -151,7 +159,7 @@ class Checkpoints:
           OSError: there is no room for it. What went before is as it was.
         """
         self.settle(wait=True)
-        self._check_room((params, optimiser))
+        processes.led(lambda: self._check_room((params, optimiser)))
         args = {"params": ocp.args.StandardSave(params), "optimiser": ocp.args.StandardSave(optimiser)}
         self._manager.save(step, args=ocp.args.Composite(**args), force=True)  # forced: an earlier step may be asked for later
         self._saving = step, record
@@ -186,5 +194,4 @@ class Checkpoints:
         files.write_json(place / MANIFEST, {"record": record, "files": files.manifest(place)})
         if self._keep is not None:
             for old in steps(self.folder)[: -self._keep]:
-                removed = (self.folder / str(old)).rename(self.folder / f".{old}.removed")
-                shutil.rmtree(removed)  # never half of a step under its own name
+                remove(self.folder, old)

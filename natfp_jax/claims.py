@@ -14,7 +14,7 @@ from rich.text import Text
 
 from natfp_jax.errors import UserError
 
-__all__ = ["Claim", "Verdict", "attempt", "short", "table", "unless"]
+__all__ = ["Claim", "Verdict", "attempt", "guarded", "short", "table", "unless"]
 
 Verdict = Literal["proven", "recorded", "false"]
 
@@ -54,13 +54,22 @@ def table(claims: list[Claim]) -> Table:
 
 def attempt(subject: str, claim: str, check: Callable[[], str | None]) -> Claim:
     """The claim with its verdict: `check` returns what was found instead, or raises what a user can mend."""
-    try:
+
+    def judged() -> Claim:
         wrong = check()
+        return Claim(subject, claim, "false", wrong) if wrong else Claim(subject, claim, "proven")
+
+    return guarded(subject, claim, judged)
+
+
+def guarded(subject: str, claim: str, judge: Callable[[], Claim]) -> Claim:
+    """What `judge` says; what it raises over files that are not as they should be makes the claim false."""
+    try:
+        return judge()
     except UserError as error:
-        wrong = str(error)
+        return Claim(subject, claim, "false", str(error))
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # a record of another shape
-        wrong = f"its records cannot be read ({type(error).__name__}: {error})"
-    return Claim(subject, claim, "false", wrong) if wrong else Claim(subject, claim, "proven")
+        return Claim(subject, claim, "false", f"its records cannot be read ({type(error).__name__}: {error})")
 
 
 def unless(expected: object, got: object, what: str) -> str | None:

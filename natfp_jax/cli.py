@@ -9,6 +9,7 @@ import contextlib
 import errno
 import importlib.util
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ Overrides = Annotated[
     ),
 ]
 _OUT = Path("out")
+_LOST = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Gg]loo|NCCL|[Cc]onnection|heartbeat|[Pp]eer|another task")
 FALSE = 1  # exit code: an audit found something that is not so
 _UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
@@ -131,11 +133,12 @@ def _together(heartbeat_seconds: int) -> Iterator[IO[str]]:
             with processes.watched(heartbeat_seconds):
                 yield printed
             os.dup2(printed.fileno(), 1)
-        except jax.errors.JaxRuntimeError as error:
-            processes.lost(" ".join(str(error).split())[:200])
         except BaseException as error:
-            agreed = isinstance(error, Stopped) or (isinstance(error, UserError) and error.agreed)
-            processes.leave(_told(error, quiet=agreed and not processes.first()), agreed)
+            said = " ".join(str(error).split())
+            if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(said):
+                processes.lost(said[:200])
+            together = processes.together(error)
+            processes.leave(_told(error, quiet=together and not processes.first()), together or isinstance(error, UserError))
 
 
 def _show(summary: dict[str, Any], page: Path, printed: IO[str]) -> None:

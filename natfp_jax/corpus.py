@@ -28,7 +28,7 @@ from natfp_jax.windows import Windows, open_ids
 __all__ = ["Prompt", "Store", "Windows", "opened", "prepare"]
 
 _SCHEMA = 2  # of the folder; a change makes new folders
-_META, _TOKENIZER = "meta.json", "tokenizer.json"
+_META, _TOKENIZER, _SEAL = "meta.json", "tokenizer.json", "tokenizer.manifest.json"
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,17 @@ def _write(
     for remains in folder.glob(".*.tmp"):  # of a killed process
         remains.unlink()
     texts = source.documents(progress)
-    path = folder / _TOKENIZER
-    if path.exists():  # of a pass that was cut off
+    path, seal = folder / _TOKENIZER, folder / _SEAL
+    if seal.exists():  # of a pass that was cut off
+        try:
+            verify(folder, read_remade(seal))
+        except Damaged as damage:
+            raise Damaged(folder, damage.why) from None
         tokenizer = Tokenizer.load(path)
     else:
         tokenizer = given or Tokenizer.train(training_sample(texts, corpus, progress), corpus.vocabulary)
         tokenizer.save(path)
+        write_json(seal, manifest(folder, [_TOKENIZER]))
     counts = ingest(texts, tokenizer, corpus, folder, progress)
     if not counts["train"]:
         raise UserError(f"the corpus is too small: none of its {counts['read']} documents is for training; add documents")
@@ -200,7 +205,13 @@ def _write(
         "store": store,  # the manifest of the other files
     }
     write_json(folder / _META, meta)
+    _forget(folder)
+
+
+def _forget(folder: Path) -> None:
+    """Removes what only a resumed pass needs."""
     forget(folder)
+    (folder / _SEAL).unlink(missing_ok=True)
 
 
 def _sha256(paths: Iterable[Path]) -> str:
@@ -234,5 +245,5 @@ def _open(corpus: config.Corpus, fingerprint: str, folder: Path) -> Store:
             f"{folder} holds corpus {meta['fingerprint'][:16]} of {canonical_json(meta['corpus'])}, expected "
             f"{fingerprint[:16]} of {canonical_json(config.to_json(corpus))}: move it away and run the same command again"
         )
-    forget(folder)  # what a process that was killed after the last write left
+    _forget(folder)  # what a process that was killed after the last write left
     return store

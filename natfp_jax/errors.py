@@ -18,9 +18,9 @@ class UserError(Exception):
 class Damaged(UserError):
     """A file that is not what was written, and that can be made again: it is set aside, unless the user is strict about it."""
 
-    def __init__(self, path: Path, why: str) -> None:
+    def __init__(self, path: Path, why: str, agreed: bool = False) -> None:
         super().__init__(f"{path} {why}")
-        self.path, self.why = path, why
+        self.path, self.why, self.agreed = path, why, agreed
 
 
 class Stopped(Exception):

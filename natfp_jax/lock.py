@@ -61,6 +61,9 @@ def _taken(file: IO[str]) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(_PAUSE)
+        except OSError as error:  # a network file system without locks
+            where = os.path.dirname(file.name)
+            raise UserError(f"{where} is on a file system without locks ({error.strerror}): give another --out") from None
         else:
             return True
     return False

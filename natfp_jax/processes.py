@@ -21,13 +21,28 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from natfp_jax.errors import Damaged, UserError
+from natfp_jax.errors import Damaged, Stopped, UserError
 from natfp_jax.launcher import Launch
 
-__all__ = ["LOST", "agree", "barrier", "first", "gathered", "leading", "leave", "led", "lost", "many", "start", "watched"]
+__all__ = [
+    "LOST",
+    "agree",
+    "barrier",
+    "first",
+    "gathered",
+    "leading",
+    "leave",
+    "led",
+    "lost",
+    "many",
+    "start",
+    "together",
+    "watched",
+]
 
 LOST = 75  # exit code: sysexits' EX_TEMPFAIL, "try the same again"
 _ALL_TIME_MS = 30 * 24 * 3600 * 1000  # a wait for work whose length is not known; a lost process ends it
+_ARGUMENTS = "give --coordinator, --processes and --process"
 _BLOCK = 4096  # bytes; texts of many lengths are broadcast in few shapes, each of which is compiled
 _turn = 0  # of the waits that all processes do in the same order: names a barrier once
 
@@ -60,6 +75,10 @@ def start(launch: Launch | None, heartbeat_seconds: int) -> None:
         given = {"coordinator_address": launch.coordinator, "num_processes": launch.processes, "process_id": launch.process}
         given["cluster_detection_method"] = "deactivate"
     _join(3 * heartbeat_seconds, **given, **limits)
+    if (launch.processes or 2) > 1 and not many():
+        raise UserError(
+            f"JAX found one process where the environment of {launch.method} says that there are more: {_ARGUMENTS}"
+        )
 
 
 def _join(seconds: int, **arguments: Any) -> None:
@@ -200,6 +219,11 @@ def agree(what: dict[str, str]) -> None:
                         f"{expected.get(name)}; start all processes with the same code, command and files"
                     )
                 )
+
+
+def together(error: BaseException | None) -> bool:
+    """Whether every process comes to the same error: a stop, or what all know of; one alone always does."""
+    return not many() or isinstance(error, Stopped) or (isinstance(error, UserError) and error.agreed)
 
 
 def gathered(tree: Any) -> Any:

@@ -78,7 +78,11 @@ def _numerics(work: Workspace, records: dict[str, dict[int, dict[str, Any]]]) ->
     for comparison in work.comparisons:
         # Bits depend on every stretch of training up to the draw: a resumed arm may have more than one record.
         trained = [
-            record["numerics"] for one in comparison.draws for step, record in records[one.arm].items() if step <= one.step
+            stretch
+            for one in comparison.draws
+            for step, record in records[one.arm].items()
+            if step <= one.step
+            for stretch in (record["numerics"], *(earlier["numerics"] for earlier in record["before"]))
         ]
         for stage, found in (("train", trained), ("sample", [drawn[one] for one in comparison.draws])):
             names = dict.fromkeys(name for record in found for name in record)

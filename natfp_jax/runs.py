@@ -18,7 +18,7 @@ from natfp_jax.files import canonical_json
 from natfp_jax.lineage import Identity
 from natfp_jax.lock import LOCK
 
-__all__ = ["MetricsLog", "RunFolder", "metrics"]
+__all__ = ["MetricsLog", "RunFolder", "damaged_lines", "metrics"]
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,12 @@ def metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _write(path: Path, lines: list[dict[str, Any]]) -> None:
     with files.whole_file(path, "w", encoding="utf-8") as file:
         file.writelines(f"{_line(line)}\n" for line in lines)
+
+
+def damaged_lines(path: Path) -> int:
+    """How many lines of a log are not what was written, but for a last one that a kill has cut."""
+    found = metrics(path)[1]
+    return found - (found > 0 and not path.read_bytes().endswith(b"\n"))
 
 
 def _checked(text: bytes) -> dict[str, Any] | None:

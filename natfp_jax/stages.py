@@ -19,6 +19,7 @@ from natfp_jax.lineage import numerics
 from natfp_jax.lock import alone
 from natfp_jax.progress import Progress
 from natfp_jax.rng import words
+from natfp_jax.runs import damaged_lines
 from natfp_jax.sample import Strategy, draw, draw_key, pad_prompts
 from natfp_jax.stopping import Stop
 from natfp_jax.study import Draw, draws
@@ -90,6 +91,8 @@ class Work(Workspace):
             amounts["tokens"] = 0
             for arm in todo:
                 identity, run, store = self.identities[arm.id], self.run_of(arm.id), self.store_of(arm)
+                if damaged := damaged_lines(run.metrics):
+                    self.progress.say(f"{run.metrics} has {damaged} damaged lines, which are left out")
                 with processes.leading(alone(run.folder, self.progress)):
                     steps = train(arm.experiment, identity, store, run, settings, self.devices, arm.id, advance, self.stop)
                 amounts["tokens"] += steps * arm.experiment.data.batch * arm.experiment.data.seq_len

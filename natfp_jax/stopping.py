@@ -7,6 +7,7 @@ something to save first. Must not know what is saved.
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 __all__ = ["STOPPED", "Stop"]
@@ -26,20 +27,38 @@ class Stop:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Answers signals inside of the context.
+        """Answers signals inside of the context, in a thread: Python's own handlers wait for the end of a call into JAX.
 
         An exception, Python's own answer to Ctrl-C, is lost where it is raised inside a callback of JAX, and becomes a
         traceback in threads of Orbax.
         """
         before = {number: signal.getsignal(number) for number in _SIGNALS}
         ours = [n for n, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
-        for number in ours:  # else the caller has its own way with it
-            signal.signal(number, self._answer)
+        if not ours:  # the caller has its own way with them
+            yield
+            return
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        outer = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+
+        def listen() -> None:
+            while number := os.read(told, 1):
+                if number[0] in ours:
+                    self._answer()
+
+        listener = threading.Thread(target=listen, daemon=True, name="natfp signals")
+        listener.start()
+        for number in ours:
+            signal.signal(number, lambda *_: None)  # the system tells the thread
         try:
             yield
         finally:
             for number in ours:
                 signal.signal(number, before[number])
+            signal.set_wakeup_fd(outer)
+            os.close(tell)
+            listener.join()
+            os.close(told)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -50,7 +69,7 @@ class Stop:
         finally:
             self._deferred = False
 
-    def _answer(self, *_: object) -> None:
+    def _answer(self) -> None:
         if self._deferred and not self.requested:
             self.requested = True
             os.write(2, _SOON.encode())

@@ -47,7 +47,9 @@ def load_params(run: RunFolder, step: int, experiment: Experiment, store: Store,
     weights = processes.led(checked)
     tree, _ = checkpoint.restore(run.checkpoints, step, program_of(experiment, store, devices, Run()).state.params)
     if (got := weight_hash(tree)) != weights:
-        raise Damaged(run.checkpoints / str(step), f"is damaged: its weights have sha256 {got}, expected {weights}")
+        raise Damaged(
+            run.checkpoints / str(step), f"is damaged: its weights have sha256 {got}, expected {weights}", agreed=True
+        )
     return tree
 
 
@@ -96,6 +98,8 @@ def train(
             trainer.advance()
             advance(1)
     processes.led(lambda: run.finish(identity))
+    if stop is not None and stop.requested:  # while the last of it was saved
+        raise Stopped(f"arm {name} is finished; the same command goes on from here")
     advance(experiment.steps - missing[-1])
     return missing[-1] - first
 
@@ -113,10 +117,13 @@ def _begun(run: RunFolder, experiment: Experiment, identity: Identity, kept: lis
         for step in checkpoint.steps(folder)
         if step < missing[0]
     ]
-    if not before:
+    start = max(before, key=lambda found: (found[0], found[1] == run.checkpoints.name), default=None)
+    for later in checkpoint.steps(run.restart):  # of a training that went further: an earlier checkpoint is missing since
+        if start is None or later > start[0]:
+            checkpoint.remove(run.restart, later)
+    if start is None:
         return {"missing": missing, "start": None}
-    step, folder = max(before, key=lambda found: (found[0], found[1] == run.checkpoints.name))
-    place = run.folder / folder
+    step, place, folder = start[0], run.folder / start[1], start[1]
     checkpoint.verify(place, step)
     record = checkpoint.record(place, step)
     if record["fingerprint"] != identity.fingerprint:
@@ -159,8 +166,10 @@ class _Trainer:
         return self
 
     def __exit__(self, *failure: Any) -> None:
-        for store in (self.restarts, self.checkpoints):
-            store.__exit__(*failure)
+        try:
+            self.checkpoints.__exit__(*failure)
+        finally:
+            self.restarts.__exit__(*failure)
 
     def begin(self, start: dict[str, Any] | None, missing: list[int]) -> int:
         """Takes the saved state, or makes that of step 0; returns its step."""
@@ -170,6 +179,7 @@ class _Trainer:
             self.init_hash: str | None = None
             self.parent: dict[str, Any] | None = None
             self.early: dict[str, str] = {}
+            self.before: list[dict[str, Any]] = []
             self.skipped: list[int] = []
             self.state = self.program.init(self.experiment.seeds.init, self.experiment.perturb)
         else:
@@ -178,14 +188,16 @@ class _Trainer:
             self.state = State(*checkpoint.restore(folder, record["step"], like.params, like.optimiser))
             if "weights" in record and (got := weight_hash(self.state.params)) != record["weights"]:
                 place = folder / str(record["step"])
-                raise Damaged(place, f"is damaged: its weights have sha256 {got}, expected {record['weights']}")
+                raise Damaged(place, f"is damaged: its weights have sha256 {got}, expected {record['weights']}", agreed=True)
             self.step, self.fed, self.init_hash = record["step"], record["order_hash"], record["init_hash"]
             self.parent = {"step": record["step"], "weights": record["weights"]} if "weights" in record else record["parent"]
-            self.early, self.skipped = dict(record["early"]), list(record["skipped"])
+            self.early, self.skipped, self.before = dict(record["early"]), list(record["skipped"]), list(record["before"])
+            if record["numerics"] != self.numerics:
+                self.before.append({"until": record["step"], "numerics": record["numerics"]})
         after = -1 if start is None else self.step
-        self.log = None
-        if processes.first():
-            self.log = MetricsLog(self.run.metrics, after, missing[-1], self.settings.tensorboard)
+        logs: list[MetricsLog] = []  # of the first process alone
+        processes.led(lambda: logs.append(MetricsLog(self.run.metrics, after, missing[-1], self.settings.tensorboard)))
+        self.log = logs[0] if logs else None
         if start is None:
             self._keep()
         return self.step
@@ -271,6 +283,7 @@ class _Trainer:
             "skipped": list(self.skipped),
             "parent": self.parent,
             "numerics": self.numerics,
+            "before": list(self.before),  # the numerics records of earlier stretches of training, and where each ended
             "code": code(),
         }
 

@@ -21,7 +21,7 @@ import jax
 
 from natfp_jax import config, files, lineage, mesh, processes, texts
 from natfp_jax.config import Corpus, Study
-from natfp_jax.corpus import Prompt, Store, prepare
+from natfp_jax.corpus import Prompt, Store, opened, prepare
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import Identity, code
 from natfp_jax.lock import LOCK, alone
@@ -52,8 +52,9 @@ class Workspace:
         """
         processes.agree({"study": config.fingerprint(self.study), "version of natfp_jax": code()})
         with processes.leading(self._owned()):
+            lock = self.folder / LOCK
             # A folder of its own for every host would be found out much later, by a process that waits for ever.
-            processes.agree({"file system at --out": (self.folder / LOCK).read_text() if self.folder.is_dir() else "none"})
+            processes.agree({"file system at --out": lock.read_text() if lock.exists() else "none"})
             yield
 
     @contextmanager
@@ -112,9 +113,14 @@ class Workspace:
         return found
 
     def _opened(self, corpus: Corpus) -> Store:
-        opened: list[Store] = []
-        processes.led(lambda: opened.append(prepare(corpus, self.out, self.progress)))
-        return opened[0] if opened else prepare(corpus, self.out, self.progress)
+        mine: list[Store] = []
+
+        def prepared() -> str:
+            mine.append(prepare(corpus, self.out, self.progress))
+            return str(mine[0].folder)
+
+        folder = processes.led(prepared)
+        return mine[0] if mine else opened(Path(folder))
 
     def store_of(self, arm: Arm) -> Store:
         """The token store that an arm is trained on."""

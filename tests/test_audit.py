@@ -43,7 +43,7 @@ def test_a_healthy_study_is_proven_whole(healthy):
         "init seed 1",
         "order of the seed",
         "steps 1, 2, 4, 8 follow from the seeds",
-        "descends",
+        "back to step 0",
         "texts are what was",
     ):
         assert part in said
