@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from tests.soak.meshes import environment, free_port
 
 STUDY = """
 from natfp_jax.config import *
@@ -46,27 +47,6 @@ def written(folder: Path) -> Path:
     return path
 
 
-def environment(devices: int, cache: Path) -> dict[str, str]:
-    """A clean environment with so many CPU devices a process; what one process compiles, the next one loads."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {}
-    return {
-        **kept,
-        **flags,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
-
-
 def command(study: Path, out: Path, processes: int, process: int, port: int, *more: str, verb: str = "run") -> list[str]:
     """`natfp run` for one process."""
     natfp = [sys.executable, "-c", "from natfp_jax.cli import main; main()", verb, str(study), "--out", str(out), *more]
@@ -83,7 +63,7 @@ class Command:
         self.processes = [
             subprocess.Popen(
                 command(study, out, processes, process, port, *more, verb=verb),
-                env=environment(devices, cache),
+                env=environment(devices, JAX_COMPILATION_CACHE_DIR=str(cache)),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
