@@ -98,9 +98,9 @@ def restore(folder: Path, step: int, params: Any, optimiser: Any = None) -> tupl
 
     try:
         return item("params", params), None if optimiser is None else item("optimiser", optimiser)
-    except jax.errors.JaxRuntimeError:
-        raise  # of another process
     except Exception as error:  # Orbax raises whatever it likes over a damaged file
+        if processes.is_loss(error):
+            raise
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Damaged(folder / str(step), f"cannot be restored ({why})") from error
 

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import importlib.util
 import os
-import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -38,7 +37,6 @@ Overrides = Annotated[
     ),
 ]
 _OUT = Path("out")
-_LOST = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Gg]loo|NCCL|[Cc]onnection|heartbeat|[Pp]eer|another task")
 FALSE = 1  # exit code: an audit found something that is not so
 _UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
@@ -124,8 +122,6 @@ def _together(heartbeat_seconds: int) -> Iterator[IO[str]]:
     if not processes.many():
         yield sys.stdout
         return
-    import jax
-
     sys.stdout.flush()
     with os.fdopen(os.dup(1), "w") as printed:
         os.dup2(2, 1)
@@ -135,7 +131,7 @@ def _together(heartbeat_seconds: int) -> Iterator[IO[str]]:
             os.dup2(printed.fileno(), 1)
         except BaseException as error:
             said = " ".join(str(error).split())
-            if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(said):
+            if processes.is_loss(error):
                 processes.lost(said[:200])
             together = processes.together(error)
             processes.leave(_told(error, quiet=together and not processes.first()), together or isinstance(error, UserError))

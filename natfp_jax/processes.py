@@ -7,6 +7,7 @@ over lost ones. With one process everything here is trivial. Must not know what 
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -30,6 +31,7 @@ __all__ = [
     "barrier",
     "first",
     "gathered",
+    "is_loss",
     "leading",
     "leave",
     "led",
@@ -42,6 +44,7 @@ __all__ = [
 
 LOST = 75  # exit code: sysexits' EX_TEMPFAIL, "try the same again"
 _ALL_TIME_MS = 30 * 24 * 3600 * 1000  # a wait for work whose length is not known; a lost process ends it
+_LOSS = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Gg]loo|NCCL|[Cc]onnection|heartbeat|[Pp]eer|another task")
 _ARGUMENTS = "give --coordinator, --processes and --process"
 _BLOCK = 4096  # bytes; texts of many lengths are broadcast in few shapes, each of which is compiled
 _turn = 0  # of the waits that all processes do in the same order: names a barrier once
@@ -298,6 +301,12 @@ def leave(code: int, together: bool) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error is the runtime's over a process that is gone, which it raises as several types."""
+    kinds = (jax.errors.JaxRuntimeError, ValueError, RuntimeError)
+    return many() and isinstance(error, kinds) and _LOSS.search(str(error)) is not None
 
 
 def lost(why: str) -> NoReturn:
