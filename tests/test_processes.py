@@ -89,8 +89,7 @@ if __name__ == "__main__":
         Path(path).write_text(json.dumps(calls()))
     processes.leave(0, together=True)
 
-from soak import hosts, meshes  # noqa: E402, I001
-
+from tests.soak import hosts, meshes  # noqa: E402
 
 # --- real processes ---------------------------------------------------------------------------------------------------
 
