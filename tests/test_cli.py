@@ -85,13 +85,14 @@ def test_run_does_everything_and_stages_one_by_one_give_the_same(tiny, tmp_path)
 
 
 SIGNALLED = """
-import os, signal, sys
+import os, signal, sys, time
 name, handler, study = sys.argv[1:]
 number = signal.Signals[name]
 signal.signal(number, {"own": signal.SIG_DFL, "ignored": signal.SIG_IGN}[handler])
 from natfp_jax import cli, files, processes
 def work(*_):
     os.kill(os.getpid(), number)
+    time.sleep(2)  # as in a call into JAX: a thread answers
     print("goes on")
 cli._stages = work
 sys.argv = ["natfp", "run", study]
