@@ -46,6 +46,7 @@ LOST = 75  # exit code: sysexits' EX_TEMPFAIL, "try the same again"
 _ALL_TIME_MS = 30 * 24 * 3600 * 1000  # a wait for work whose length is not known; a lost process ends it
 _LOSS = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Gg]loo|NCCL|[Cc]onnection|heartbeat|[Pp]eer|another task")
 _ARGUMENTS = "give --coordinator, --processes and --process"
+_COUNTED = ("arguments", "skypilot", "slurm", "ompi")  # a TPU's host, or a job of Kubernetes, may be the only one
 _BLOCK = 4096  # bytes; texts of many lengths are broadcast in few shapes, each of which is compiled
 _turn = 0  # of the waits that all processes do in the same order: names a barrier once
 
@@ -78,10 +79,8 @@ def start(launch: Launch | None, heartbeat_seconds: int) -> None:
         given = {"coordinator_address": launch.coordinator, "num_processes": launch.processes, "process_id": launch.process}
         given["cluster_detection_method"] = "deactivate"
     _join(3 * heartbeat_seconds, **given, **limits)
-    if (launch.processes or 2) > 1 and not many():
-        raise UserError(
-            f"JAX found one process where the environment of {launch.method} says that there are more: {_ARGUMENTS}"
-        )
+    if launch.method in _COUNTED and launch.processes != 1 and not many():
+        raise UserError(f"JAX found one process where {launch.method} says that there are more: {_ARGUMENTS}")
 
 
 def _join(seconds: int, **arguments: Any) -> None:

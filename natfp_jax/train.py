@@ -7,6 +7,7 @@ the step, so a restart from any saved state gives the bits of an untouched run. 
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -90,8 +91,10 @@ def train(
     if not missing:
         advance(experiment.steps)
         return 0
-    deferred = stop.deferred() if stop is not None else Stop().deferred()
-    with deferred, _Trainer(experiment, identity, store, run, settings, devices, name, stop) as trainer:
+    with (
+        nullcontext() if stop is None else stop.deferred(),
+        _Trainer(experiment, identity, store, run, settings, devices, name, stop) as trainer,
+    ):
         first = trainer.begin(begun["start"], missing)
         advance(first)
         for _ in range(first, missing[-1]):
