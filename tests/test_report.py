@@ -207,6 +207,7 @@ def work(tmp_path, monkeypatch):
             "init_hash": arm["init_hash"],
             "order_hash": arm["order_hash"],
             "numerics": {"cpu_threads": 2},
+            "before": [],
             "val_loss": 4.25,
             "skipped": [],
         }
@@ -320,6 +321,15 @@ def test_an_earlier_stretch_on_another_machine_counts(work):
     assert all(one["fields"] == ["device"] for one in differ)
     assert {one["checkpoint"] for one in differ} == {20, 200}
     assert "null of init0-order0" in {one["comparison"] for one in differ}
+
+
+def test_so_does_one_before_a_stop_between_two_checkpoints(work):
+    stretch = {"until": 100, "numerics": {"cpu_threads": 2, "device": "gpu"}}
+    work.run_of("init0-order0").known[200]["before"] = [stretch]
+    differ = report.summarise(work)["numerics"]["differ"]
+    assert all(one["fields"] == ["device"] for one in differ)
+    assert {one["checkpoint"] for one in differ} == {200}
+    assert differ
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
