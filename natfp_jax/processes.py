@@ -86,9 +86,9 @@ def start(launch: Launch | None, heartbeat_seconds: int) -> None:
 def _join(seconds: int, **arguments: Any) -> None:
     # XLA's programs for CPUs, once they come from the compilation cache, start sums that do not depend on one another in an
     # order of each device's own, and gloo then takes one for the other (jax 0.10.2: 5 of 5 runs of 8 devices aborted).
-    flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    flag, before = "--xla_cpu_enable_concurrency_optimized_scheduler=false", os.environ.get("XLA_FLAGS", "")
+    if flag not in before:
+        os.environ["XLA_FLAGS"] = f"{before} {flag}".strip()
 
     def late() -> None:
         where = arguments.get("coordinator_address", "the address that the launcher gives")
@@ -102,6 +102,7 @@ def _join(seconds: int, **arguments: Any) -> None:
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=2 * seconds)
     except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
+        os.environ["XLA_FLAGS"] = before  # where JAX was at work already, the flag has no effect, and is not to be recorded
         why = " ".join(str(error).split())[:300]
         raise UserError(f"the other processes cannot be joined ({why}): check the launcher and the address") from None
     finally:
