@@ -173,14 +173,12 @@ class Checkpoints:
 
     def settle(self, wait: bool = False) -> None:
         """Seals the step that was saved last, if it is committed; with `wait`, returns once it is."""
-        if self._saving is not None:
+        if self._saving is not None and (wait or not self._manager.is_saving_in_progress()):
+            step, record = self._saving
+            self._saving = None  # Orbax tells of a failure once: asked again, it would let a step be sealed that is not there
             if wait:
                 self._manager.wait_until_finished()
-            if self._manager.is_saving_in_progress():
-                return
             self._manager.check_for_errors()
-            step, record = self._saving
-            self._saving = None
             if processes.first():
                 self._sealing = self._hashing.submit(self._seal, step, record)
         if self._sealing is not None and (wait or self._sealing.done()):

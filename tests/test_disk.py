@@ -62,6 +62,7 @@ def whole(out):
     found = [(run / "checkpoints", step) for run in (out / "runs").iterdir() for step in checkpoint.steps(run / "checkpoints")]
     for folder, step in found:
         checkpoint.verify(folder, step)
+        assert {path.name for path in (folder / str(step)).iterdir() if path.is_dir()} == {"params", "optimiser"}
     return len(found)
 
 
