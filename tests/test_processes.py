@@ -263,6 +263,14 @@ def test_processes_that_are_stopped_and_killed_end_with_the_bits_of_untouched_on
     for place in range(2):  # its own part of the weights
         assert (manifest.parent / "params" / f"ocdbt.process_{place}").is_dir()
 
+    # one process with the devices of both goes on from what two have saved
+    alone = tmp_path / "alone"
+    shutil.copytree(out, alone)
+    one = [NATFP, *command, alone]
+    done = subprocess.run(one, capture_output=True, text=True, env=meshes.environment(2), check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "damaged" not in done.stderr
+
     # a process that is gone: the other one ends by itself
     for killed in (1, 0):
         before = [path.stat().st_ino for path in out.glob("runs/*/metrics.jsonl")]
@@ -281,12 +289,13 @@ def test_processes_that_are_stopped_and_killed_end_with_the_bits_of_untouched_on
     pair = both(*command, out)
     for code, _, errors in meshes.finished(pair, 60):
         assert code == 0, errors
-    records = [meshes.latest(made) for made in (out, untouched)]
+    records = [meshes.latest(made) for made in (out, alone, untouched)]
     for record in (record for arms in records for record in arms.values()):
         assert record.pop("code")  # that this one decides nothing is not for this test to say
-    assert records[0] == records[1]
-    logs = [{path.parent.name: path.read_bytes() for path in made.glob("runs/*/metrics.jsonl")} for made in (out, untouched)]
-    assert logs[0] == logs[1]
+    assert records[0] == records[1] == records[2]
+    made = (out, alone, untouched)
+    logs = [{path.parent.name: path.read_bytes() for path in folder.glob("runs/*/metrics.jsonl")} for folder in made]
+    assert logs[0] == logs[1] == logs[2]
     assert len(logs[0]) == 2
 
 
