@@ -40,7 +40,7 @@ def table(claims: list[Claim]) -> Table:
     """The claims, subject by subject, and how many of each verdict there are."""
     shown = Table(box=box.SIMPLE, pad_edge=False, caption_justify="left")
     for column in ("subject", "claim", "verdict", "what was found"):
-        shown.add_column(column)
+        shown.add_column(column, overflow="fold")
     styles = {"proven": "green", "recorded": "yellow", "false": "bold red"}
     before = None
     for claim in claims:

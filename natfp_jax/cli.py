@@ -40,7 +40,8 @@ _OUT = Path("out")
 FALSE = 1  # exit code: an audit found something that is not so
 _UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
-    *(errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),  # no folder of one's own
+    # no folder of one's own
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
 }
 
 
@@ -218,10 +219,12 @@ def audit(
     processes.start(None, Study(name="audit").run.heartbeat_seconds)
     with Progress() as progress:
         claims = claims_of(out, progress, replay)
-    _console().print(table(claims))
+    console = _console()
+    console.print(table(claims))
     if json is not None:
         write_json(json, {"folder": str(out), "replay": replay, "claims": [asdict(claim) for claim in claims]})
     if any(claim.verdict == "false" for claim in claims):
+        console.print("Remove what is false and run its study again: that is made anew from what is whole.", highlight=False)
         sys.exit(FALSE)
 
 

@@ -33,7 +33,10 @@ def alone(folder: Path, progress: Progress | None = None, wait: bool = False) ->
     Raises:
       UserError: another process holds it, and is not waited for.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # what some systems say of a folder in which nothing can be made, such as /proc
+        raise UserError(f"{folder} cannot be made ({error.strerror}): give another --out") from None
     with open(folder / LOCK, "a+") as file:
         if not _taken(file):
             file.seek(0)

@@ -316,6 +316,7 @@ ERRORS = {
     "open": (OSError(errno.ENOSPC, SAID, "somewhere"), f"{SAID}: somewhere"),
     "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
     "forbidden": (PermissionError(errno.EACCES, "Permission denied", "somewhere"), "Permission denied: somewhere"),
+    "immutable": (PermissionError(errno.EPERM, "Operation not permitted", "somewhere"), "Operation not permitted: somewhere"),
     "wrapped": (ValueError(f'RESOURCE_EXHAUSTED: Error writing "norm": [OS error 28: ENOSPC {SAID}]'), SAID),
     "sqlite": (sqlite3.OperationalError("database or disk is full"), SAID),
 }
@@ -340,6 +341,13 @@ def test_a_disk_that_takes_no_more(refused, out, monkeypatch, error, told, lost)
     if error is ERRORS["write"][0]:
         cli.main()  # with room again
         assert path.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="this system has no /proc")
+def test_a_place_where_no_folder_can_be_made(refused):
+    said = refused("--out", "/proc/somewhere")
+    assert said.startswith("natfp: /proc/somewhere/studies/small cannot be made (")
+    assert said.endswith("): give another --out")
 
 
 def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch, study, out):
