@@ -1,6 +1,7 @@
 """Killed at any moment, a run ends with the bits of an untouched one; and no two processes make the same run.
 
-As a program (`python test_resume.py ROOT FOLDER MINUTES`) this file trains one arm, and says at which step it is.
+As a program (`python test_resume.py ROOT FOLDER MINUTES WAIT`) this file trains one arm, and says at which step it is. At step
+WAIT it waits for a signal.
 """
 
 import os
@@ -34,7 +35,7 @@ EXPERIMENT = Experiment(model=Model(width=32, layers=2, heads=4), data=Data(seq_
 SETTINGS = Run(checkpoints=(0.1, 0.3, 0.5, 0.7, 0.9), log_every=3, validation_windows=16)
 
 
-def work(root, folder, minutes):
+def work(root, folder, minutes, wait):
     """Trains as the command does: what a kill left half done is set aside, and a signal is answered with a saved step."""
     store, data = prepare(CORPUS, root, Progress(quiet=True)), EXPERIMENT.data
     pool = store.windows(data.seq_len, data.windows).sha256()
@@ -44,6 +45,9 @@ def work(root, folder, minutes):
         nonlocal done
         done += steps
         print(done, flush=True)
+        late = time.monotonic() + 60
+        while done == wait and not stop.requested and time.monotonic() < late:
+            time.sleep(0.01)
 
     who = identity(EXPERIMENT, store.sha256, store.tokenizer.sha256, pool)
     stop, settings = Stop(), replace(SETTINGS, save_minutes=minutes)
@@ -62,16 +66,16 @@ def work(root, folder, minutes):
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    work(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
     sys.exit()
 
 
-def started(root, folder, minutes=1e-4):
+def started(root, folder, minutes=1e-4, wait=-1):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["PYTHONPATH"] = str(Path(config.__file__).parents[1])
     environment["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "compiled")  # the first process compiles for all
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    command = [sys.executable, __file__, str(root), str(folder), str(minutes)]
+    command = [sys.executable, __file__, str(root), str(folder), str(minutes), str(wait)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -194,8 +198,8 @@ def test_a_run_that_is_cut_at_any_write_ends_with_the_bits_of_an_untouched_one(m
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_goes_on_from_the_step_that_was_under_way(number, tiny_store, tmp_path):
     root = tiny_store.folder.parent.parent
-    process = started(root, tmp_path / "stopped", minutes=10)
-    steps = [int(next(process.stdout)) for _ in range(11)]
+    process = started(root, tmp_path / "stopped", minutes=10, wait=11)
+    steps = [int(next(process.stdout)) for _ in range(12)]  # 0 first
     process.send_signal(number)
     out, errors = process.communicate(timeout=100)
     steps += map(int, out.split())
