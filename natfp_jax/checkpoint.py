@@ -132,7 +132,11 @@ class Checkpoints:
         self.folder, self._keep = folder, keep
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
-            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(
+                enable_async_checkpointing=True,
+                # Several folders may be saved at once, and no two processes come to the end of each in the same order.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix="-".join(folder.parts[-2:])),
+            ),
             item_names=_ITEMS,
         )
         self._hashing = ThreadPoolExecutor(1)
@@ -176,8 +180,7 @@ class Checkpoints:
         if self._saving is not None and (wait or not self._manager.is_saving_in_progress()):
             step, record = self._saving
             self._saving = None  # Orbax tells of a failure once: asked again, it would let a step be sealed that is not there
-            if wait:
-                self._manager.wait_until_finished()
+            self._manager.wait_until_finished()  # where it is finished, this alone tells of a commit that failed
             self._manager.check_for_errors()
             if processes.first():
                 self._sealing = self._hashing.submit(self._seal, step, record)

@@ -105,7 +105,9 @@ def test_the_command_ends_with_1_where_something_is_false(healthy, tmp_path, mon
     faults.one_bit_on_disk(faults.Place(out))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert ended() == 1
-    assert "false" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "false" in said.out
+    assert "Remove what is false and run its study again" in said.out + said.err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before  # an audit writes nothing
     monkeypatch.setattr(sys, "argv", ["natfp", "audit", str(tmp_path / "none")])
     with pytest.raises(SystemExit) as end:

@@ -1,7 +1,7 @@
 """Several processes are one program: they agree, stop and fail together, and what they make has the bits of one process.
 
-As a program (`python test_processes.py FILE PORT N I`) this file is one of N processes that call `processes` directly, and
-writes what came of it to FILE.
+As a program (`python test_processes.py WHAT FILE PORT N I`) this file is one of N processes that do WHAT, `calls` or `saves`,
+and writes what came of it to FILE.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from natfp_jax import config, files, mesh, processes
@@ -28,9 +29,8 @@ SLACK = 5  # seconds, for a machine that is busy otherwise
 # --- as a program -----------------------------------------------------------------------------------------------------
 
 
-def calls():
+def calls(path):
     """What every kind of call gives this process, and what it did itself for that."""
-    import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -82,11 +82,27 @@ def calls():
     return {**found, "done": done, "first": processes.first(), "many": processes.many()}
 
 
+def saves(path):
+    """Two folders in turn, each of them still at work while the other begins."""
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from natfp_jax import checkpoint
+    from natfp_jax.checkpoint import Checkpoints
+
+    state = {"w": mesh.lay(np.arange(8.0), NamedSharding(mesh.make(config.Mesh(fsdp=4)), PartitionSpec("fsdp")))}
+    with Checkpoints(path.with_name("one")) as one, Checkpoints(path.with_name("other"), keep=2) as other:
+        for step in range(30):
+            for folder in (one, other):
+                folder.save(step, state, state, {"step": step})
+    return [checkpoint.steps(path.with_name(name)) for name in ("one", "other")]
+
+
 if __name__ == "__main__":
-    path, port, number, place = sys.argv[1:]
+    what, path, port, number, place = sys.argv[1:]
     processes.start(Launch("arguments", f"localhost:{port}", int(number), int(place)), HEARTBEAT)
     with processes.watched(HEARTBEAT):
-        Path(path).write_text(json.dumps(calls()))
+        Path(path).write_text(json.dumps({"calls": calls, "saves": saves}[what](Path(path))))
     processes.leave(0, together=True)
 
 from tests.soak import hosts, meshes  # noqa: E402
@@ -134,11 +150,12 @@ def said(errors):
 # --- agreement --------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_process_does_and_all_know(tmp_path):
+def of_both(what, tmp_path):
+    """What came of it in each of two processes."""
     port, places = str(meshes.free_port()), [tmp_path / "0.json", tmp_path / "1.json"]
     pair = [
         subprocess.Popen(
-            [sys.executable, __file__, path, port, "2", str(place)],
+            [sys.executable, __file__, what, path, port, "2", str(place)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -148,7 +165,15 @@ def test_the_first_process_does_and_all_know(tmp_path):
     ]
     for code, _, errors in meshes.finished(pair, 60):
         assert code == 0, errors
-    first, other = (json.loads(path.read_text()) for path in places)
+    return [json.loads(path.read_text()) for path in places]
+
+
+def test_two_folders_may_be_saved_at_once(tmp_path):
+    assert of_both("saves", tmp_path)[0] == [list(range(30)), [28, 29]]
+
+
+def test_the_first_process_does_and_all_know(tmp_path):
+    first, other = of_both("calls", tmp_path)
     assert (first.pop("first"), other.pop("first")) == (True, False)
     assert first.pop("done") == ["value", "error", "damaged", "defect", "entered", "inside", "left"]
     assert other.pop("done") == []
@@ -168,6 +193,14 @@ def test_the_first_process_does_and_all_know(tmp_path):
     assert first["lacks"]["line"].startswith(f"{differs}None and b; ")
     assert first["differs"]["agreed"]
     assert first["gathered"] == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_process_that_has_computed_already_stays_alone_and_records_no_flag_that_came_too_late(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # as conftest has it
+    jax.block_until_ready(jax.numpy.zeros(1))
+    processes.start(None, HEARTBEAT)
+    assert os.environ["XLA_FLAGS"] == "--xla_force_host_platform_device_count=8"
+    assert not processes.many()
 
 
 def refused(pair):
