@@ -134,7 +134,7 @@ class Checkpoints:
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 enable_async_checkpointing=True,
-                # Several folders may be saved at once, and no two processes come to the end of each in the same order.
+                # Several folders may be saved at once, and processes need not come to their ends in the same order.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix="-".join(folder.parts[-2:])),
             ),
             item_names=_ITEMS,
