@@ -227,7 +227,7 @@ class AuditedRun:
         if max(wanted) > until:
             detail = f"it was trained in several ways, until step {until} in the first"
             return Claim(self.subject, claim, "recorded", f"{detail}: audit with --replay {until}, or fewer")
-        settings = Run(microbatches=there["microbatches"], remat=there["remat"])
+        settings = Run(microbatches=there["microbatches"], remat=there["remat"], execution=there.get("execution"))
         try:
             devices = mesh.make(config.Mesh(**there["mesh"]))
         except UserError as error:
@@ -235,6 +235,9 @@ class AuditedRun:
         here = conditions(self.experiment, settings, devices)
         if differ := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
             return Claim(self.subject, claim, "recorded", f"this machine differs in {', '.join(differ)}")
+        if there["backend"] == "gpu" and "deterministic" not in there["xla_flags"]:
+            why = "a GPU repeats itself with XLA_FLAGS=--xla_gpu_deterministic_ops=true alone, under which it was not trained"
+            return Claim(self.subject, claim, "recorded", why)
         for step, weights in replay(self.experiment, self.store, settings, devices, max(wanted)):
             if step in wanted and (got := weight_hash(weights)) != wanted[step][0]:
                 detail = f"step {step} gives {short(got)}, checkpoint {wanted[step][1]} records {short(wanted[step][0])}"

@@ -163,17 +163,17 @@ class Checkpoints:
           OSError: there is no room for it. What went before is as it was.
         """
         self.settle(wait=True)
-        processes.led(lambda: self._check_room((params, optimiser)))
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimiser)))
+        processes.led(lambda: self.check_room(needed))
         args = {"params": ocp.args.StandardSave(params), "optimiser": ocp.args.StandardSave(optimiser)}
         self._manager.save(step, args=ocp.args.Composite(**args), force=True)  # forced: an earlier step may be asked for later
         self._saving = step, record
 
-    def _check_room(self, state: Any) -> None:
-        """Orbax would find it out in the middle, and say so in many threads at once."""
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    def check_room(self, needed: int) -> None:
+        """Raises an OSError if there is no room for so many bytes: Orbax would find out in the middle, in many threads."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder).free < needed:
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: a checkpoint takes {needed} bytes", str(self.folder))
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: what is saved takes {needed} bytes", str(self.folder))
 
     def settle(self, wait: bool = False) -> None:
         """Seals the step that was saved last, if it is committed; with `wait`, returns once it is."""

@@ -77,8 +77,9 @@ def _perform(study: Path, overrides: tuple[str, ...], how: How, *stages: str) ->
     launch = detect(os.environ, how.coordinator, how.processes, how.process, tpu_vm=_on_tpu_vm())
     stop = Stop()
     with stop.installed():
-        from natfp_jax import processes
+        from natfp_jax import processes, programs
 
+        programs.keep()
         processes.start(launch, configured.run.heartbeat_seconds)
         with _together(configured.run.heartbeat_seconds) as printed:
             summary = _stages(configured, how, stages, stop)

@@ -41,6 +41,7 @@ __all__ = [
     "load_study",
     "override",
     "replace",
+    "shape",
     "to_json",
 ]
 
@@ -208,6 +209,12 @@ class Experiment(Strict):
         return sorted({0, self.steps, *(round(fraction * self.steps) for fraction in fractions)})
 
 
+def shape(experiment: Experiment) -> Experiment:
+    """What arms must have in common to train as one program: all but the seeds, the numbers of the optimiser, and the text."""
+    optimiser = Optimiser(schedule=experiment.optimiser.schedule, nonfinite=experiment.optimiser.nonfinite)
+    return dataclasses.replace(experiment, corpus=Corpus(), optimiser=optimiser, seeds=Seeds(), perturb=None)
+
+
 # --- where and how it runs --------------------------------------------------------------------------------------------
 
 
@@ -215,8 +222,7 @@ class Experiment(Strict):
 class Mesh(Strict):
     """Devices along each axis; `data` = 0 takes what the other axes leave.
 
-    `replica` holds whole copies of a model: texts are drawn and scored in parts over it, one arm's training is the same on all
-    of it.
+    `replica` holds whole models: arms that train together are spread over it, and texts are drawn and scored in parts over it.
     """
 
     replica: Positive = 1
@@ -230,6 +236,10 @@ class Run(Strict):
     """Where and how experiments execute; nothing here decides weights or texts, and nothing here is in the fingerprint."""
 
     mesh: Mesh = Mesh()
+    cohort: Positive | None = None  # arms of one shape that train as one program, at most; None: as many as memory holds
+    execution: Literal["strict", "fast"] | None = (
+        None  # arms of a cohort one by one, bit for bit as alone, or batched; None: faster
+    )
     microbatches: Positive = 1  # parts of a batch whose gradients are added up one after another, for less memory
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again: all but products, or all
     save_minutes: PositiveFloat = 10.0  # between two restart states, which a killed run goes on from

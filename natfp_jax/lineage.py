@@ -24,7 +24,7 @@ from natfp_jax.params import Params, flatten
 
 __all__ = ["Identity", "code", "identity", "numerics", "weight_hash"]
 
-RECIPE = 1  # raised when a change of the code leads the same experiment to other weights: old runs are then not its own
+RECIPE = 2  # raised when a change of the code leads the same experiment to other weights: old runs are then not its own
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "scikit-learn")
 
 

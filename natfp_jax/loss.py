@@ -9,29 +9,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from natfp_jax.blocks import blocks
 from natfp_jax.model import logits
 
-__all__ = ["block_length", "blocked_cross_entropy"]
-
-BLOCK_ROWS = 1024  # tokens a block, so that a block's logits stay near the cache; in the numerics record
-
-
-def block_length(batch: int, length: int) -> int:
-    """The largest divisor of `length` with at most `BLOCK_ROWS` tokens in a block of `batch` rows; at least 1."""
-    return max((t for t in range(1, length + 1) if length % t == 0 and batch * t <= BLOCK_ROWS), default=1)
-
-
-def _blocks(array: jax.Array) -> jax.Array:
-    """[B, T, ...] → [blocks, B, t, ...]: cut along the tokens, so that rows stay on the device that holds them."""
-    batch, length = array.shape[:2]
-    t = block_length(batch, length)
-    return jnp.moveaxis(array.reshape(batch, length // t, t, *array.shape[2:]), 1, 0)
+__all__ = ["blocked_cross_entropy"]
 
 
 def _nll(x_BtD: jax.Array, w_DV: jax.Array, target_Bt: jax.Array, vocabulary: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     z_BtV = logits(x_BtD, w_DV, vocabulary)
     total_Bt = jax.nn.logsumexp(z_BtV, axis=-1)
-    picked_Bt = jnp.take_along_axis(z_BtV, target_Bt[..., None], axis=-1)[..., 0]
+    # Not a gather, which takes a pass of its own, and which the partitioner does not split beside a `replica` axis.
+    picked_Bt = jnp.where(jnp.arange(z_BtV.shape[-1]) == target_Bt[..., None], z_BtV, 0).sum(axis=-1)
     return total_Bt - picked_Bt, z_BtV, total_Bt
 
 
@@ -43,7 +31,7 @@ def blocked_cross_entropy(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Arra
         nll_Bt, _, _ = _nll(inputs[0], w_DV, inputs[1], vocabulary)
         return total + nll_Bt.sum(), None
 
-    total, _ = jax.lax.scan(block, jnp.float32(0), (_blocks(x_BTD), _blocks(target_BT)))
+    total, _ = jax.lax.scan(block, jnp.float32(0), (blocks(x_BTD), blocks(target_BT)))
     return total / target_BT.size
 
 
@@ -63,7 +51,7 @@ def _forward(
         return (total + nll_Bt.sum(), dw_DV), dx_BtD
 
     start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
-    (total, dw_DV), dx = jax.lax.scan(block, start, (_blocks(x_BTD), _blocks(target_BT)))
+    (total, dw_DV), dx = jax.lax.scan(block, start, (blocks(x_BTD), blocks(target_BT)))
     dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape)
     n = target_BT.size
     return total / n, ((dx_BTD / n).astype(x_BTD.dtype), (dw_DV / n).astype(w_DV.dtype))

@@ -5,8 +5,10 @@ table.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,15 +25,19 @@ __all__ = [
     "check_batch",
     "check_params",
     "constrain",
+    "device_memory",
     "lay",
     "make",
     "param_shardings",
     "replicated",
     "size",
+    "stacked",
     "text_sharding",
     "text_ways",
+    "whole",
 ]
 
+_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 AXES = ("replica", "data", "fsdp", "tensor")
 _BATCH, _TEXTS = ("data", "fsdp"), ("replica", "data", "fsdp")  # the axes that hold rows of training, and of sampling
 
@@ -79,8 +85,13 @@ def check_params(specs: dict[str, Spec], mesh: jax.sharding.Mesh) -> None:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Rows of training over `data` and `fsdp`; whatever else a row has stays together."""
-    return NamedSharding(mesh, PartitionSpec(_BATCH))
+    """Batches of training, [K, B, ...]: replicas over `replica`, rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec("replica", _BATCH))
+
+
+def stacked(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of arrays like one's, of all replicas: their axis in front."""
+    return NamedSharding(sharding.mesh, PartitionSpec("replica", *sharding.spec))
 
 
 def text_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -88,9 +99,29 @@ def text_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(_TEXTS))
 
 
+def whole(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
+    """Whether a device has all of a replica: its rows, heads and columns."""
+    return all(mesh.shape[axis] == 1 for axis in AXES if axis != "replica")
+
+
 def text_ways(mesh: jax.sharding.Mesh) -> int:
     """The number of parts that texts are cut into."""
     return math.prod(mesh.shape[axis] for axis in _TEXTS)
+
+
+def device_memory(mesh: jax.sharding.Mesh) -> int:
+    """Bytes that one device of this process has.
+
+    Of the memory of a host, or of the container that it lends, a process's CPU devices have equal parts; other processes there
+    are not known.
+    """
+    local = mesh.local_devices
+    stats = local[0].memory_stats() if local[0].platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _CONTAINER.read_text().strip() if _CONTAINER.exists() else "max"
+    return min(host, host if limit == "max" else int(limit)) // len(local)
 
 
 def lay(tree: Any, sharding: NamedSharding) -> Any:
@@ -100,7 +131,7 @@ def lay(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), tree)
 
 
-def constrain(array: jax.Array, dims: str, mesh: jax.sharding.Mesh | None) -> jax.Array:
+def constrain(array: jax.Array, dims: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> jax.Array:
     """Lays an activation as its letters say: rows over `data` and `fsdp`, heads and MLP columns over `tensor`.
 
     Without a mesh, or on one device, the array itself.

@@ -13,7 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from natfp_jax.attention import causal, masked, rotate
 from natfp_jax.config import Model
+from natfp_jax.embedding import look_up
 from natfp_jax.mesh import constrain
 from natfp_jax.params import Params, dims
 
@@ -21,10 +23,16 @@ __all__ = ["Cache", "Decoder", "decode", "empty_cache", "head", "hidden", "logit
 
 
 Remat = Literal["none", "dots", "full"]
+Devices = jax.sharding.Mesh | jax.sharding.AbstractMesh
 _SAVED = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+# A CPU gains a fifth from layers without a loop around them, which would copy each layer's weights and gradients in and out of
+# the stacked ones; an accelerator hides that, and compiles the shorter program sooner. Of deep models, so many a turn.
+_UNROLLED = 16
 
 
 class Cache(NamedTuple):
@@ -35,10 +43,10 @@ class Cache(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where the tokens of a call stand: their positions, what they may attend to, and their first slot in the cache."""
+    """Where tokens stand that attend to a cache: their positions, what they may attend to, and their first slot."""
 
     position_BT: jax.Array
-    mask_BTS: jax.Array | None  # None: causal over the call's own tokens
+    mask_BTS: jax.Array
     slot: jax.Array | int
 
 
@@ -53,23 +61,13 @@ def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array
     return (wide * scale_D).astype(x_BTD.dtype)
 
 
-def _rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions (Su et al., 2021), first and second half of a head paired as in Llama."""
-    half = x_BTNH.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_BT[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
-
-
 class _Attention(nn.Module):
     model: Model
-    devices: jax.sharding.Mesh | None
+    devices: Devices | None
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, cache: Cache | None, place: _Place, layer: jax.Array
+        self, x_BTD: jax.Array, cache: Cache | None, place: _Place | None, layer: jax.Array
     ) -> tuple[jax.Array, Cache | None]:
         size, dtype = dims(self.model, 0), x_BTD.dtype
         D, N, K, H = (size[letter] for letter in "DNKH")
@@ -79,47 +77,72 @@ class _Attention(nn.Module):
         v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, _weight(self, "v", D, K, H, dtype=dtype))
         q_BTNH = constrain(q_BTNH, "BTNH", self.devices)
         k_BTKH, v_BTKH = constrain(k_BTKH, "BTKH", self.devices), constrain(v_BTKH, "BTKH", self.devices)
-        q_BTNH = _rotate(q_BTNH, place.position_BT, self.model.rope_theta)
-        k_BTKH = _rotate(k_BTKH, place.position_BT, self.model.rope_theta)
+        theta = self.model.rope_theta
         if cache is None:
-            out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
+            out_BTNH = causal(q_BTNH, k_BTKH, v_BTKH, theta, self.devices)
         else:
+            assert place is not None  # there are slots
+            q_BTNH, k_BTKH = rotate(q_BTNH, place.position_BT, theta), rotate(k_BTKH, place.position_BT, theta)
             # The whole cache is carried through the layers and written in place: as a scanned output it would be copied.
             start = (layer, 0, place.slot, 0, 0)
             cache = Cache(
                 jax.lax.dynamic_update_slice(cache.k_LBSKH, k_BTKH[None], start),
                 jax.lax.dynamic_update_slice(cache.v_LBSKH, v_BTKH[None], start),
             )
-            mask = None if place.mask_BTS is None else place.mask_BTS[:, None]
-            out_BTNH = jax.nn.dot_product_attention(q_BTNH, cache.k_LBSKH[layer], cache.v_LBSKH[layer], mask=mask)
+            out_BTNH = masked(q_BTNH, cache.k_LBSKH[layer], cache.v_LBSKH[layer], place.mask_BTS)
         return jnp.einsum("btnh,nhd->btd", out_BTNH, _weight(self, "o", N, H, D, dtype=dtype)), cache
+
+
+@jax.custom_vjp
+def _gated(gate_BTF: jax.Array, up_BTF: jax.Array, w_FD: jax.Array) -> jax.Array:
+    """(SiLU(gate) · up) W. For the backward pass it keeps its arguments alone, where autodiff would keep four arrays more."""
+    return jnp.einsum("btf,fd->btd", nn.silu(gate_BTF) * up_BTF, w_FD)
+
+
+def _gated_forward(gate_BTF: jax.Array, up_BTF: jax.Array, w_FD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _gated(gate_BTF, up_BTF, w_FD), (gate_BTF, up_BTF, w_FD)
+
+
+def _gated_backward(kept: tuple[jax.Array, ...], d_BTD: jax.Array) -> tuple[jax.Array, ...]:
+    gate_BTF, up_BTF, w_FD = kept
+    d_BTF = jnp.einsum("btd,fd->btf", d_BTD, w_FD)
+    # The same numbers, in a way that nothing can be computed from them before the gradient is there: else XLA sees that the
+    # forward pass has had them, and keeps those until now. On CPU it does not heed an optimisation barrier.
+    gate_BTF = jnp.where(d_BTF == d_BTF, gate_BTF, 0)
+    sigmoid_BTF = jax.nn.sigmoid(gate_BTF)
+    silu_BTF = gate_BTF * sigmoid_BTF
+    dw_FD = jnp.einsum("btf,btd->fd", silu_BTF * up_BTF, d_BTD)
+    return d_BTF * up_BTF * (sigmoid_BTF + silu_BTF * (1 - sigmoid_BTF)), d_BTF * silu_BTF, dw_FD
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 class _MLP(nn.Module):
     model: Model
-    devices: jax.sharding.Mesh | None
+    devices: Devices | None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         size, dtype = dims(self.model, 0), x_BTD.dtype
         D, F = size["D"], size["F"]
         x_BTD = _rms_norm(x_BTD, _weight(self, "norm", D, dtype=jnp.float32), self.model.norm_epsilon)
+        down_FD = _weight(self, "down", F, D, dtype=dtype)
         up_BTF = jnp.einsum("btd,df->btf", x_BTD, _weight(self, "up", D, F, dtype=dtype))
-        if self.model.mlp == "swiglu":
-            up_BTF *= nn.silu(jnp.einsum("btd,df->btf", x_BTD, _weight(self, "gate", D, F, dtype=dtype)))
-        else:
-            up_BTF = nn.gelu(up_BTF)
         up_BTF = constrain(up_BTF, "BTF", self.devices)
-        return jnp.einsum("btf,fd->btd", up_BTF, _weight(self, "down", F, D, dtype=dtype))
+        if self.model.mlp == "gelu":
+            return jnp.einsum("btf,fd->btd", nn.gelu(up_BTF), down_FD)
+        gate_BTF = jnp.einsum("btd,df->btf", x_BTD, _weight(self, "gate", D, F, dtype=dtype))
+        return _gated(constrain(gate_BTF, "BTF", self.devices), up_BTF, down_FD)
 
 
 class _Block(nn.Module):
     model: Model
-    devices: jax.sharding.Mesh | None
+    devices: Devices | None
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Cache | None], place: _Place, layer: jax.Array
+        self, carry: tuple[jax.Array, Cache | None], place: _Place | None, layer: jax.Array
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         x_BTD, cache = carry
         attended_BTD, cache = _Attention(self.model, self.devices, name="attention")(x_BTD, cache, place, layer)
@@ -136,7 +159,7 @@ class Decoder(nn.Module):
 
     model: Model
     vocabulary: int
-    devices: jax.sharding.Mesh | None = None
+    devices: Devices | None = None
     remat: Remat = "none"
 
     def setup(self) -> None:
@@ -151,14 +174,18 @@ class Decoder(nn.Module):
             split_rngs={"params": False},
             in_axes=(nn.broadcast, 0),
             length=self.model.layers,
+            # Where memory is dear, the loop: without it XLA on CPU keeps what it sees computed twice.
+            unroll=min(self.model.layers, _UNROLLED) if jax.default_backend() == "cpu" and self.remat == "none" else 1,
         )(self.model, self.devices)
         self.norm = self.param("norm", zeros, (width,), jnp.float32)
         if not self.model.tied:
             self.head = self.param("head", zeros, (width, self.vocabulary), jnp.float32)
 
-    def __call__(self, tokens_BT: jax.Array, place: _Place, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, tokens_BT: jax.Array, place: _Place | None, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """The normed state after the last layer, `x_BTD`, and the cache."""
-        x_BTD = constrain(self.embedding[tokens_BT].astype(self.model.dtype), "BTD", self.devices)
+        # Every device looks up in the whole table: its partition by ids cannot be split further beside a `replica` axis.
+        table_VD = constrain(self.embedding, "..", self.devices)
+        x_BTD = constrain(look_up(table_VD, tokens_BT, jnp.dtype(self.model.dtype)), "BTD", self.devices)
         (x_BTD, cache), _ = self.layers((x_BTD, cache), place, jnp.arange(self.model.layers))
         return _rms_norm(x_BTD, self.norm, self.model.norm_epsilon), cache
 
@@ -167,14 +194,14 @@ class Decoder(nn.Module):
 
 
 def _apply(
-    decoder: Decoder, params: Params, tokens_BT: jax.Array, place: _Place, cache: Cache | None
+    decoder: Decoder, params: Params, tokens_BT: jax.Array, place: _Place | None, cache: Cache | None
 ) -> tuple[jax.Array, Cache | None]:
     out: Any = decoder.apply({"params": params}, tokens_BT, place, cache)
     return out
 
 
 def hidden(
-    model: Model, params: Params, tokens_BT: jax.Array, devices: jax.sharding.Mesh | None = None, remat: Remat = "none"
+    model: Model, params: Params, tokens_BT: jax.Array, devices: Devices | None = None, remat: Remat = "none"
 ) -> jax.Array:
     """The states `x_BTD` that predict the next token, under causal attention.
 
@@ -182,9 +209,8 @@ def hidden(
       devices: where given, how activations lie is not left to the compiler.
       remat: what the backward pass computes again instead of keeping it; "dots": all but products of matrices.
     """
-    position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     decoder = Decoder(model, params["embedding"].shape[0], devices, remat)
-    return _apply(decoder, params, tokens_BT, _Place(position_BT, None, 0), None)[0]
+    return _apply(decoder, params, tokens_BT, None, None)[0]
 
 
 def empty_cache(model: Model, batch: int, slots: int) -> Cache:

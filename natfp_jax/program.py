@@ -1,106 +1,285 @@
-"""The jitted functions of one arm's training.
+"""The jitted functions that train a cohort: arms of one shape, as one program.
 
-Owns the state, and how a batch becomes the next one: loss and gradients, in parts where asked for, the update, and what is left
-out where a number is not finite. Must not know the order of batches, files, or when anything is saved.
+Owns the state, whose leading axis is the replicas', and how a batch of each becomes the next state: loss and gradients, in
+parts where asked for, the update, and what is left out where a number is not finite. Must not know the order of batches, files,
+or when anything is saved.
+
+Execution `strict`: a device takes its replicas one after another through one loop, whose length is no part of the program; so a
+replica's bits do not depend on its companions. `fast`: all of them at once, as batched operations.
+
+Letters: K replicas, B rows, T tokens.
 """
 
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from natfp_jax import mesh, optim, params
 from natfp_jax.checkpoint import with_shardings
-from natfp_jax.config import Experiment, Model, Optimiser, Run
+from natfp_jax.config import Experiment, Optimiser, Run, shape
 from natfp_jax.corpus import Store
 from natfp_jax.loss import blocked_cross_entropy
-from natfp_jax.model import head, hidden
+from natfp_jax.model import Remat, head, hidden
+from natfp_jax.optim import Hyperparameters
 from natfp_jax.params import Params
 
-__all__ = ["Program", "State", "one_each", "program_of"]
+__all__ = ["Program", "State", "execution_of", "one_each", "program_of"]
+
+Execution = Literal["strict", "fast"]
 
 
 class State(NamedTuple):
-    """All that training carries from step to step."""
+    """All that training carries from step to step; of one arm, or with the axis K in front of every leaf."""
 
     params: Params
     optimiser: optax.OptState
 
 
-class Program(NamedTuple):
-    """The jitted functions of one arm's training."""
-
-    init: Callable[..., State]  # seed, perturbation → state at step 0
-    step: Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]
-    evaluate: Callable[[Params, jax.Array], jax.Array]  # mean loss of one batch
-    state: State  # shapes, dtypes and shardings
+def execution_of(settings: Run, devices: jax.sharding.Mesh) -> Execution:
+    """What `settings` asks for; else what is faster: batched products suit accelerators, not a CPU's caches."""
+    return settings.execution or ("strict" if devices.devices.flat[0].platform == "cpu" else "fast")
 
 
-@lru_cache(maxsize=8)
-def _program(
-    model: Model,
-    optimiser: Optimiser,
-    steps: int,
-    vocabulary: int,
-    padded: int,
-    devices: jax.sharding.Mesh,
-    microbatches: int,
-    remat: Any,
-) -> Program:
-    """The jitted functions; arms that differ only in seeds share them, and so compile once."""
-    specs = params.table(model, padded)
-    tx = optim.optimiser(optimiser, steps, specs)
+class Program:
+    """The functions of one shape on one mesh, for so many replicas."""
 
-    def loss(tree: Params, windows_BT: jax.Array) -> jax.Array:
-        x_BTD = hidden(model, tree, windows_BT[:, :-1], devices, remat)
-        return blocked_cross_entropy(x_BTD, head(tree), windows_BT[:, 1:], vocabulary)
+    def __init__(
+        self,
+        shape: Experiment,
+        vocabulary: int,
+        padded: int,
+        replicas: int,
+        devices: jax.sharding.Mesh,
+        microbatches: int,
+        remat: Remat,
+        execution: Execution,
+    ) -> None:
+        self.replicas, self.shape, self.devices, self.execution = replicas, shape, devices, execution
+        self._vocabulary, self._microbatches, self._remat = vocabulary, microbatches, remat
+        self._specs = params.table(shape.model, padded)
+        by_table, one = mesh.param_shardings(devices, self._specs), mesh.replicated(devices)
+        alone = params.abstract(self._specs)
+        # Which numbers an optimiser has does not change what it keeps.
+        tx = self._optimiser(optim.hyperparameters(Optimiser(), 1))
+        self._start = tx.init
+        shapes = State(alone, jax.eval_shape(tx.init, alone))
+        optimiser = optax.tree_map_params(
+            tx, lambda _, sharding: sharding, shapes.optimiser, by_table, transform_non_params=lambda _: one
+        )
+        shardings = State(by_table, optimiser)
+        self.one: State = with_shardings(shapes, shardings)  # of one arm: shapes, dtypes and shardings
+        stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((replicas, *leaf.shape), leaf.dtype), shapes)
+        self.state: State = with_shardings(stacked, jax.tree.map(mesh.stacked, shardings))  # of the cohort
 
-    def gradients(tree: Params, windows_BT: jax.Array) -> tuple[jax.Array, Params]:
-        if microbatches == 1:
-            return jax.value_and_grad(loss)(tree, windows_BT)
+    # --- one arm in and out of the cohort ---
+
+    def filled(self, arms: Sequence[Any]) -> list[Any]:
+        """One of every arm, and the last once more for each place that is left: the axis `replica` has no rest."""
+        return [*arms, *[arms[-1]] * (self.replicas - len(arms))]
+
+    def saved(self, replicas: int) -> State:
+        """The state of a cohort with so many places: shapes, dtypes, and shardings to restore it with."""
+        if replicas == self.replicas:
+            return self.state
+
+        def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(self.devices, PartitionSpec(None, *leaf.sharding.spec))
+            return jax.ShapeDtypeStruct((replicas, *leaf.shape), leaf.dtype, sharding=sharding)
+
+        found: State = jax.tree.map(stacked, self.one)
+        return found
+
+    def fitted(self, saved: State, places: Sequence[int]) -> State:
+        """The state of this cohort from a saved one, in which its arms had these places."""
+        if jax.tree.leaves(saved)[0].shape[0] == self.replicas and list(places) == list(range(len(places))):
+            return saved
+        return self.stack([partial(self.take, saved, place) for place in places])
+
+    def init(self, seed: int, perturb: Any = None) -> State:
+        """One arm at step 0."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.one)
+        tree = params.init(self._specs, seed, shardings.params, perturb)
+        return State(tree, jax.jit(self._start, out_shardings=shardings.optimiser)(tree))
+
+    def stack(self, arms: Sequence[Callable[[], State]]) -> State:
+        """The state of a cohort of these arms, made one after another; the last one fills the places that are left."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+        def empty() -> State:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.state)
+
+        def put(state: State, one: State, place: jax.Array) -> State:
+            return jax.tree.map(lambda all_K, leaf: all_K.at[place].set(leaf), state, one)
+
+        into = jax.jit(put, out_shardings=shardings, donate_argnums=0)
+        state = jax.jit(empty, out_shardings=shardings)()
+        for place, arm in enumerate(arms):
+            one = arm()
+            for where in (place,) if place < len(arms) - 1 else range(place, self.replicas):
+                state = into(state, one, np.int32(where))
+        return state
+
+    @cached_property
+    def take(self) -> Callable[[Any, int], Any]:
+        """The leaves of one arm, from those of the cohort: of a whole state, or of its parameters."""
+
+        def take(tree: Any, place: jax.Array) -> Any:
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, place, keepdims=False), tree)
+
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.one)
+        of_params, of_state = (jax.jit(take, out_shardings=wanted) for wanted in (shardings.params, shardings))
+
+        def taken(tree: Any, place: int) -> Any:
+            return (of_state if isinstance(tree, State) else of_params)(tree, np.int32(place))
+
+        return taken
+
+    # --- what is computed ---
+
+    def _optimiser(self, numbers: Hyperparameters) -> optax.GradientTransformation:
+        return optim.optimiser(numbers, self.shape.optimiser.schedule, self.shape.steps, self._specs)
+
+    def _loss(self, tree: Params, windows_BT: jax.Array) -> jax.Array:
+        # Inside of `shard_map` the mesh is that of the axes which are left to the compiler.
+        devices = jax.sharding.get_abstract_mesh() if self.devices.shape["replica"] > 1 else self.devices
+        x_BTD = hidden(self.shape.model, tree, windows_BT[:, :-1], devices, self._remat)
+        return blocked_cross_entropy(x_BTD, head(tree), windows_BT[:, 1:], self._vocabulary)
+
+    def _gradients(self, tree: Params, windows_BT: jax.Array) -> tuple[jax.Array, Params]:
+        if self._microbatches == 1:
+            return jax.value_and_grad(self._loss)(tree, windows_BT)
         # Part i has the rows i, i + parts, ...: each device keeps its rows.
-        parts = jnp.moveaxis(windows_BT.reshape(-1, microbatches, windows_BT.shape[1]), 1, 0)
+        parts = jnp.moveaxis(windows_BT.reshape(-1, self._microbatches, windows_BT.shape[1]), 1, 0)
         start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, tree))
 
         def add(total: tuple[jax.Array, Params], part: jax.Array) -> tuple[tuple[jax.Array, Params], None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(tree, part)), None
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(self._loss)(tree, part)), None
 
         total, _ = jax.lax.scan(add, start, parts)
-        summed: tuple[jax.Array, Params] = jax.tree.map(lambda leaf: leaf / microbatches, total)
+        summed: tuple[jax.Array, Params] = jax.tree.map(lambda leaf: leaf / self._microbatches, total)
         return summed
 
-    def step(state: State, windows_BT: jax.Array, asked_N: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        value, gradient = gradients(state.params, windows_BT)
+    def _next(self, state: State, numbers: Hyperparameters, windows_BT: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        """One step of one replica."""
+        tx = self._optimiser(numbers)
+        value, gradient = self._gradients(state.params, windows_BT)
         updates, opt_state = tx.update(gradient, state.optimiser, state.params)
         new = State(optax.apply_updates(state.params, updates), opt_state)
         norm = optax.global_norm(gradient)
-        if optimiser.nonfinite == "skip":
+        if self.shape.optimiser.nonfinite == "skip":
             good = jnp.isfinite(value) & jnp.isfinite(norm)
             new = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
-        return new, {"loss": value, "gradient_norm": norm, "asked": asked_N.max()}
+        return new, {"loss": value, "gradient_norm": norm}
 
-    by_table, one, rows = mesh.param_shardings(devices, specs), mesh.replicated(devices), mesh.batch_sharding(devices)
-    shapes = State(params.abstract(specs), jax.eval_shape(tx.init, params.abstract(specs)))
-    opt_shardings = optax.tree_map_params(
-        tx, lambda _, sharding: sharding, shapes.optimiser, by_table, transform_non_params=lambda _: one
-    )
-    shardings = State(by_table, opt_shardings)
-    start = jax.jit(tx.init, out_shardings=opt_shardings)
+    def _each(self, function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+        """`function`, which maps what is carried and inputs of one replica, for all: (count, carried, *inputs)."""
 
-    def init(seed: int, perturb: Any) -> State:
-        tree = params.init(specs, seed, by_table, perturb)
-        return State(tree, start(tree))
+        def loop(count: jax.Array, carried: Any, *inputs: Any) -> tuple[Any, Any]:
+            def at(tree: Any, place: jax.Array) -> Any:
+                return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, place, keepdims=False), tree)
 
-    return Program(
-        init=init,
-        step=jax.jit(step, in_shardings=(shardings, rows, one_each(devices)), out_shardings=(shardings, one), donate_argnums=0),
-        evaluate=jax.jit(loss, in_shardings=(by_table, rows), out_shardings=one),
-        state=with_shardings(shapes, shardings),
-    )
+            def put(tree: Any, one: Any, place: jax.Array) -> Any:
+                return jax.tree.map(lambda leaf, v: jax.lax.dynamic_update_index_in_dim(leaf, v, place, 0), tree, one)
+
+            def body(place: jax.Array, both: tuple[Any, Any]) -> tuple[Any, Any]:
+                return put(both, function(at(both[0], place), *at(inputs, place)), place)
+
+            length = jax.tree.leaves(inputs)[0].shape[0]
+            _, like = jax.eval_shape(function, at(carried, jnp.int32(0)), *at(inputs, jnp.int32(0)))
+            empty = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), like)
+            # In place, and by a count that the compiler does not know: a loop of one would be another program.
+            found: tuple[Any, Any] = jax.lax.fori_loop(0, count, body, (carried, empty))
+            return found
+
+        def batched(count: jax.Array, carried: Any, *inputs: Any) -> tuple[Any, Any]:
+            del count
+            found: tuple[Any, Any] = jax.vmap(function)(carried, *inputs)
+            return found
+
+        local = loop if self.execution == "strict" else batched
+        if self.devices.shape["replica"] == 1:
+            return local
+        spread = PartitionSpec("replica")
+
+        def mapped(count: jax.Array, carried: Any, *inputs: Any) -> tuple[Any, Any]:
+            specs = (PartitionSpec(), spread, *(spread for _ in inputs))
+            found: tuple[Any, Any] = jax.shard_map(
+                local, mesh=self.devices, in_specs=specs, out_specs=spread, axis_names={"replica"}, check_vma=False
+            )(count, carried, *inputs)
+            return found
+
+        return mapped
+
+    @cached_property
+    def _count(self) -> jax.Array:
+        """How many replicas a device has."""
+        return mesh.lay(np.int32(self.replicas // self.devices.shape["replica"]), mesh.replicated(self.devices))
+
+    @cached_property
+    def _compiled(self) -> jax.stages.Compiled:
+        each, leading = self._each(self._next), NamedSharding(self.devices, PartitionSpec("replica"))
+
+        def step(
+            count: jax.Array, state: State, numbers: Hyperparameters, windows_KBT: jax.Array, asked_N: jax.Array
+        ) -> tuple[State, dict[str, jax.Array]]:
+            new, metrics = each(count, state, numbers, windows_KBT)
+            return new, {**metrics, "asked": asked_N.max()}
+
+        K, data, one = self.replicas, self.shape.data, mesh.replicated(self.devices)
+        row_K = jax.ShapeDtypeStruct((K,), np.float32, sharding=leading)
+        return (
+            jax.jit(
+                step,
+                out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, self.state), one),
+                donate_argnums=1,
+            )
+            .lower(
+                self._count,
+                self.state,
+                Hyperparameters(*[row_K] * len(Hyperparameters._fields)),
+                jax.ShapeDtypeStruct((K, data.batch, data.seq_len + 1), np.int32, sharding=mesh.batch_sharding(self.devices)),
+                jax.ShapeDtypeStruct((self.devices.size,), np.int32, sharding=one_each(self.devices)),
+            )
+            .compile()
+        )
+
+    def step(
+        self, state: State, numbers: Hyperparameters, windows_KBT: jax.Array, asked_N: jax.Array
+    ) -> tuple[State, dict[str, jax.Array]]:
+        """The next state; `loss` and `gradient_norm` of every replica before the update; the most that was `asked`.
+
+        The state that it is given is given up.
+        """
+        return self._compiled(self._count, state, numbers, windows_KBT, asked_N)
+
+    @cached_property
+    def _evaluated(self) -> Callable[..., jax.Array]:
+        def function(carried: None, tree: Params, windows_BT: jax.Array) -> tuple[None, jax.Array]:
+            return carried, self._loss(tree, windows_BT)
+
+        each = self._each(function)
+        return jax.jit(
+            lambda count, tree, windows_KBT: each(count, None, tree, windows_KBT)[1],
+            out_shardings=mesh.replicated(self.devices),
+        )
+
+    def evaluate(self, tree: Params, windows_KBT: jax.Array) -> jax.Array:
+        """The mean loss of every replica on a batch of its own."""
+        return self._evaluated(self._count, tree, windows_KBT)
+
+    @property
+    def device_bytes(self) -> int:
+        """What a step takes of a device's memory, as the compiler has laid it out."""
+        found = self._compiled.memory_analysis()
+        assert found is not None  # every backend that trains says it
+        taken = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+        return int(taken - found.alias_size_in_bytes + found.generated_code_size_in_bytes)
 
 
 def one_each(devices: jax.sharding.Mesh) -> NamedSharding:
@@ -108,8 +287,19 @@ def one_each(devices: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(devices, PartitionSpec(mesh.AXES))
 
 
-def program_of(experiment: Experiment, store: Store, devices: jax.sharding.Mesh, settings: Run) -> Program:
-    """The program of an experiment on a mesh; arms that differ only in seeds share one."""
-    vocabulary, padded = store.tokenizer.size, store.tokenizer.padded_size
-    shapes = vocabulary, padded, devices, settings.microbatches, settings.remat
-    return _program(experiment.model, experiment.optimiser, experiment.steps, *shapes)
+_program = lru_cache(maxsize=8)(Program)  # arms of one shape share one, and so compile once
+
+
+def program_of(experiment: Experiment, store: Store, devices: jax.sharding.Mesh, settings: Run, replicas: int = 1) -> Program:
+    """The program of a cohort of experiments like this one; the `replica` axis of the mesh is filled up."""
+    ways = devices.shape["replica"]
+    return _program(
+        shape(experiment),
+        store.tokenizer.size,
+        store.tokenizer.padded_size,
+        -(-replicas // ways) * ways,
+        devices,
+        settings.microbatches,
+        settings.remat,
+        execution_of(settings, devices),
+    )

@@ -4,7 +4,8 @@ Owns what each stage reads and writes, and what makes it done; each does only wh
 error that names both sides. Must not know how any stage computes, nor how results look.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from natfp_jax import attribution, classify, config, files, mesh, processes, stats, texts
 from natfp_jax.ceiling import log_likelihood
 from natfp_jax.config import Study
-from natfp_jax.errors import UserError
+from natfp_jax.errors import Failed, UserError
 from natfp_jax.lineage import numerics
 from natfp_jax.lock import alone
 from natfp_jax.progress import Progress
@@ -22,8 +23,8 @@ from natfp_jax.rng import words
 from natfp_jax.runs import damaged_lines
 from natfp_jax.sample import Strategy, draw, draw_key, pad_prompts
 from natfp_jax.stopping import Stop
-from natfp_jax.study import Draw, draws
-from natfp_jax.train import check, load_params, train
+from natfp_jax.study import Arm, Draw, draws
+from natfp_jax.train import Member, check, fitting, load_params, train
 from natfp_jax.workspace import Workspace, write_if_new
 
 __all__ = ["Work"]
@@ -88,14 +89,39 @@ class Work(Workspace):
             self.timed("train") as amounts,
             self.progress.task(f"train {len(todo)} arms", sum(arm.experiment.steps for arm in todo), "steps") as advance,
         ):
-            amounts["tokens"] = 0
-            for arm in todo:
-                identity, run, store = self.identities[arm.id], self.run_of(arm.id), self.store_of(arm)
-                if damaged := damaged_lines(run.metrics):
-                    self.progress.say(f"{run.metrics} has {damaged} damaged lines, which are left out")
-                with processes.leading(alone(run.folder, self.progress)):
-                    steps = train(arm.experiment, identity, store, run, settings, self.devices, arm.id, advance, self.stop)
-                amounts["tokens"] += steps * arm.experiment.data.batch * arm.experiment.data.seq_len
+            amounts["tokens"], failures = 0, list[str]()
+            for cohort in self._cohorts(todo):
+                data = cohort[0].experiment.data
+                for member in cohort:
+                    if damaged := damaged_lines(member.run.metrics):
+                        self.progress.say(f"{member.run.metrics} has {damaged} damaged lines, which are left out")
+                with ExitStack() as locks:
+                    for member in sorted(cohort, key=lambda member: member.run.folder):  # studies may share them
+                        locks.enter_context(processes.leading(alone(member.run.folder, self.progress)))
+                    try:
+                        steps = train(cohort, settings, self.devices, advance, self.stop, self.progress.say)
+                    except Failed as failed:
+                        failures.append(str(failed))
+                        continue
+                amounts["tokens"] += steps * data.batch * data.seq_len
+            if failures:
+                raise Failed("; ".join(failures), agreed=True)
+
+    def _cohorts(self, todo: list[Arm]) -> Iterator[list[Member]]:
+        """The arms that train together: of one shape, and as many as memory holds.
+
+        All arms of the study are cut, and then those left out that are finished: so that a cohort which was stopped finds
+        itself again, whatever has been finished since.
+        """
+        names, groups = {arm.id for arm in todo}, dict[Any, list[Member]]()
+        for arm in self.arms.values():
+            member = Member(arm.id, arm.experiment, self.identities[arm.id], self.store_of(arm), self.run_of(arm.id))
+            groups.setdefault(config.shape(arm.experiment), []).append(member)
+        for group in groups.values():
+            if any(member.name in names for member in group):
+                for cohort in fitting(group, self.study.run, self.devices, self.progress.say):
+                    if left := [member for member in cohort if member.name in names]:
+                        yield left
 
     # --- sample ---
 

@@ -17,7 +17,7 @@ from natfp_jax.corpus import prepare
 from natfp_jax.lineage import identity
 from natfp_jax.progress import Progress
 from natfp_jax.runs import RunFolder
-from natfp_jax.train import train
+from natfp_jax.train import Member, train
 
 jax.config.update("jax_legacy_prng_key", "error")
 
@@ -27,6 +27,7 @@ def shared_compilations(tmp_path_factory):
     """Processes that tests start share what they compile; this one has read its environment already."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compilations")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
         yield
@@ -63,7 +64,7 @@ def train_arm(tiny_store, one_device):
         who = identity(experiment, store.sha256, store.tokenizer.sha256, pool)
         run = RunFolder(folder)
         chosen = Run(**{"log_every": 2, "validation_windows": 16, **settings})
-        train(experiment, who, store, run, chosen, devices, name, advance, stop)
+        train([Member(name, experiment, who, store, run)], chosen, devices, advance, stop)
         return run
 
     return trained

@@ -15,7 +15,7 @@ QUIET = Progress(quiet=True)
 NAMED = {  # fault → what the audit must say of it
     faults.another_arm: "it is a checkpoint of arm init0-order0, under the name of arm init1-order0",
     faults.another_arm_relabelled: "arms init0-order0 and init1-order0 have the same weights at step 40",
-    faults.another_step_0: "that is init seed 0 of arm init0-order0",
+    faults.another_step_0: "that is init seed 0 of arm init0-order",
     faults.right_step_0_of_another_training: "step 1 gives",
     faults.order_swapped: "that is order seed 1 of arm init",
     faults.one_bit_of_the_last: "step 40: its weights have sha256",

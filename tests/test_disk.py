@@ -74,7 +74,7 @@ def test_a_disk_that_is_full_while_saving(study, tmp_path):
         done = natfp("train", study, "--out", out)
         assert done.returncode == 2
         lines = done.stderr.splitlines()
-        assert lines[-1].startswith("natfp: No space left on device: a checkpoint takes ")
+        assert lines[-1].startswith("natfp: No space left on device: what is saved takes ")
         assert lines[-1].endswith("make room or give another --out, then run the same command again")
         assert "Traceback" not in done.stderr
         assert 0 < whole(out) < 10
@@ -93,7 +93,7 @@ import jax
 import numpy as np
 from natfp_jax.checkpoint import Checkpoints
 folder, wait = Path(sys.argv[1]), sys.argv[2] == "True"
-Checkpoints._check_room = lambda self, state: None
+Checkpoints.check_room = lambda self, needed: None
 small = {"w": jax.numpy.zeros(8)}
 large = {"w": jax.numpy.asarray(np.random.default_rng(0).random(1 << 20, np.float32))}
 with Checkpoints(folder) as checkpoints:
@@ -129,7 +129,7 @@ UNASKED = """
 import sys
 from natfp_jax import cli
 from natfp_jax.checkpoint import Checkpoints
-Checkpoints._check_room = lambda self, state: None
+Checkpoints.check_room = lambda self, needed: None
 sys.argv[0] = "natfp"
 cli.main()
 """

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from natfp_jax import loss
-from natfp_jax.loss import block_length, blocked_cross_entropy
+from natfp_jax import blocks
+from natfp_jax.blocks import block_length
+from natfp_jax.loss import blocked_cross_entropy
 
 VOCABULARY, PADDED = 37, 64
 
@@ -69,7 +70,7 @@ def test_the_value_alone_is_the_value_with_its_gradient():
 
 @pytest.mark.parametrize("rows", [1, 4, 8, 24, 10**6])
 def test_the_length_of_a_block_does_not_matter(rows, monkeypatch):
-    monkeypatch.setattr(loss, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", rows)
     args = inputs()
     assert_close(blocked(*args), plain(*args), 2e-6)
 

@@ -1,5 +1,7 @@
 """Devices, axes, and what is laid over them."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -113,16 +115,21 @@ SHAPES = [(1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 8, 1), (1, 4, 1, 2), (1, 1, 1, 8), 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_batch_is_the_same_on_every_mesh(shape):
-    rows = np.arange(8 * 5, dtype=np.int32).reshape(8, 5)
+    """Of training, [replica, row, token]; of texts, [row, token]."""
     devices = made(*shape)
     replica, data, fsdp, _ = shape
-    for sharding, ways in ((mesh.batch_sharding(devices), data * fsdp), (mesh.text_sharding(devices), replica * data * fsdp)):
+    batch, texts = (np.arange(math.prod(of), dtype=np.int32).reshape(of) for of in ((8, 8, 5), (8, 5)))
+    cuts = [
+        (batch, mesh.batch_sharding(devices), (8 // replica, 8 // (data * fsdp), 5)),
+        (texts, mesh.text_sharding(devices), (8 // (replica * data * fsdp), 5)),
+    ]
+    for rows, sharding, part in cuts:
         laid = mesh.lay(rows, sharding)
         np.testing.assert_array_equal(laid, rows)
-        assert {shard.data.shape for shard in laid.addressable_shards} == {(8 // ways, 5)}
+        assert {shard.data.shape for shard in laid.addressable_shards} == {part}
         for shard in laid.addressable_shards:
             np.testing.assert_array_equal(shard.data, rows[shard.index])
-    assert len(mesh.lay(rows, mesh.replicated(devices)).sharding.device_set) == 8
+    assert len(mesh.lay(texts, mesh.replicated(devices)).sharding.device_set) == 8
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -9,7 +9,7 @@ import pytest
 
 from natfp_jax import params
 from natfp_jax.config import Model
-from natfp_jax.model import Decoder, _Place, decode, empty_cache, head, hidden, logits
+from natfp_jax.model import Decoder, _gated, decode, empty_cache, head, hidden, logits
 
 VOCABULARY, PADDED = 100, 128
 MODELS = {
@@ -125,7 +125,7 @@ def test_the_forward_pass_is_the_definition(name):
 def test_the_modules_parameters_are_those_of_the_table(name):
     model = MODELS[name]
     module = Decoder(model, vocabulary=PADDED)
-    place = _Place(jnp.zeros((1, 4), jnp.int32), None, 0)
+    place = None
     tree = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32), place, None)["params"]
     found = {path: (leaf.shape, leaf.dtype) for path, leaf in params.flatten(tree).items()}
     assert found == {path: (spec.shape, jnp.float32) for path, spec in params.table(model, PADDED).items()}
@@ -196,3 +196,16 @@ def test_bfloat16_stays_close():
     assert z_BTV.dtype == jnp.float32
     full_BTV = np.asarray(forward(model, tree, ids_BT)[1])[..., :VOCABULARY]
     assert 1e-4 < distance(z_BTV[..., :VOCABULARY], full_BTV) < 0.05  # it is computed in bfloat16, and not badly
+
+
+def test_the_gradient_of_the_gated_product_is_that_of_autodiff():
+    random = np.random.default_rng(0)
+    gate, up, w, weight = (
+        random.standard_normal(shape).astype(np.float32) for shape in ((2, 8, 6), (2, 8, 6), (6, 5), (2, 8, 5))
+    )
+
+    def by(product):
+        return jax.grad(lambda args: jnp.vdot(product(*args), weight))((3 * gate, up, w))
+
+    for one, other in zip(by(_gated), by(lambda gate, up, w: (jax.nn.silu(gate) * up) @ w), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

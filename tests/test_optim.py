@@ -28,7 +28,7 @@ def rate(config, steps, step):
 @pytest.mark.parametrize("steps", [1, 2, 101])
 def test_the_learning_rate_of_every_step(schedule, warmup, final, steps):
     config = Optimiser(learning_rate=3e-3, schedule=schedule, warmup=warmup, final=final)
-    found = [float(optim.schedule(config, steps)(step)) for step in range(steps + 1)]
+    found = [float(optim.schedule(optim.hyperparameters(config, steps), schedule, steps)(step)) for step in range(steps + 1)]
     assert found == pytest.approx([rate(config, steps, step) for step in range(steps + 1)], rel=2e-6, abs=1e-6 * 3e-3)
     assert found[0] > 0  # no batch is fed for nothing
 
@@ -50,7 +50,7 @@ def test_three_steps_of_adamw(clip):
     """Loshchilov and Hutter, 2019, algorithm 2, after clipping by the global norm (Pascanu et al., 2013); in float64."""
     config = Optimiser(learning_rate=0.01, schedule="linear", warmup=0.0, beta1=0.8, beta2=0.9, epsilon=1e-4, clip=clip)
     weights = {path: value + 1 for path, value in trees(0, 1.0).items()}
-    tx = optim.optimiser(config, 10, SPECS)
+    tx = optim.optimiser(optim.hyperparameters(config, 10), config.schedule, 10, SPECS)
     tree = nest({path: value.astype(np.float32) for path, value in weights.items()})
     state = tx.init(tree)
     first, second = ({path: np.zeros_like(value) for path, value in weights.items()} for _ in range(2))
@@ -73,7 +73,9 @@ def test_three_steps_of_adamw(clip):
 
 
 def test_moments_are_as_the_parameters():
-    shapes = jax.eval_shape(optim.optimiser(Optimiser(), 10, SPECS).init, params.abstract(SPECS))
+    shapes = jax.eval_shape(
+        optim.optimiser(optim.hyperparameters(Optimiser(), 10), "cosine", 10, SPECS).init, params.abstract(SPECS)
+    )
     leaves = [leaf for leaf in jax.tree.leaves(shapes) if leaf.shape]
     assert sorted(leaf.shape for leaf in leaves) == sorted(spec.shape for spec in SPECS.values() for _ in range(2))
     assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}

@@ -291,7 +291,7 @@ def test_processes_that_are_stopped_and_killed_end_with_the_bits_of_untouched_on
     (manifest,) = out.glob("runs/*/restart/*/manifest.json")
     saved = json.loads(manifest.read_text())["record"]["step"]
     assert 6 <= saved < 60
-    assert said(errors) == [f"natfp: arm init0 is saved at step {saved}; the same command goes on from here"]
+    assert said(errors) == [f"natfp: arms init0, init1 are saved at step {saved}; the same command goes on from here"]
     assert [line.partition(";")[0] for line in said(other_errors)] == ["natfp: stopping once the next step is saved"]
     for place in range(2):  # its own part of the weights
         assert (manifest.parent / "params" / f"ocdbt.process_{place}").is_dir()

@@ -28,7 +28,7 @@ from natfp_jax.lock import alone, held
 from natfp_jax.progress import Progress
 from natfp_jax.runs import MetricsLog, RunFolder, metrics
 from natfp_jax.stopping import STOPPED, Stop
-from natfp_jax.train import train
+from natfp_jax.train import Member, train
 
 CORPUS = Corpus(source=Stories(count=400), vocabulary=300, validation_fraction=0.1, prompt_fraction=0.1, shards=2)
 EXPERIMENT = Experiment(model=Model(width=32, layers=2, heads=4), data=Data(seq_len=32, windows=160, epochs=3, batch=8))
@@ -55,7 +55,8 @@ def work(root, folder, minutes, wait):
         while True:
             done = 0
             try:
-                train(EXPERIMENT, who, store, RunFolder(folder), settings, mesh.make(config.Mesh()), "arm", advance, stop)
+                arm = Member("arm", EXPERIMENT, who, store, RunFolder(folder))
+                train([arm], settings, mesh.make(config.Mesh()), advance, stop)
             except Damaged as damage:
                 files.set_aside(damage.path)
             except Stopped as stopped:

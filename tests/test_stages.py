@@ -3,6 +3,7 @@
 The stages run in this process on one device; `natfp run` itself runs, and is killed, in processes of its own.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -25,13 +26,13 @@ import pytest
 from natfp_jax import config, files, lineage, mesh, processes, stages, stats, texts
 from natfp_jax.ceiling import log_likelihood
 from natfp_jax.config import Attribution, Corpus, Data, Experiment, Factor, Model, Perturb, Run, Sampling, Stories, Study
-from natfp_jax.errors import Damaged, UserError
+from natfp_jax.errors import Damaged, Stopped, UserError
 from natfp_jax.params import flatten
 from natfp_jax.progress import Progress
 from natfp_jax.report import report
 from natfp_jax.sample import Strategy
 from natfp_jax.stages import Work
-from natfp_jax.stopping import STOPPED
+from natfp_jax.stopping import STOPPED, Stop
 from natfp_jax.study import Draw, draws
 from natfp_jax.train import load_params
 
@@ -276,6 +277,56 @@ def test_a_lost_run_is_trained_again(copy, finished):
     changed = {name for name, state in tree(copy).items() if before.get(name) != state}
     assert all(name.startswith((f"runs/{run.name}/", "studies/tiny/report/", "studies/tiny/timings")) for name in changed)
     assert results(copy) == results(finished)
+
+
+@pytest.mark.parametrize("settings", [{"cohort": 1}, {"cohort": 2}])
+def test_a_study_comes_to_the_same_however_its_arms_are_grouped(settings, tmp_path, finished):
+    everything(tmp_path, replace(STUDY, run=replace(STUDY.run, **settings)))
+    assert results(tmp_path) == results(finished)
+
+
+def told(made, monkeypatch, stop_at):
+    """What the stage `train` of this work says of its steps; it is asked to stop at so many."""
+    done, task = [], made.progress.task
+
+    @contextlib.contextmanager
+    def counting(*arguments):
+        with task(*arguments) as advance:
+
+            def counted(steps):
+                done.append(steps)
+                made.stop.requested = sum(done) >= stop_at
+                advance(steps)
+
+            yield counted
+
+    made.stop = Stop()
+    with made.claimed():
+        made.corpus()
+        monkeypatch.setattr(made.progress, "task", counting)
+        made.train()
+    return done
+
+
+def test_a_cohort_that_was_stopped_finds_itself_again_when_others_are_finished(tmp_path, finished, monkeypatch):
+    """The arms are cut into [the first] and [the second, the twin], of which the latter is stopped."""
+    study = replace(STUDY, run=replace(STUDY.run, cohort=2))
+    with pytest.raises(Stopped, match=r"arms .* are saved at step 1\d; "):
+        told(work(tmp_path, study), monkeypatch, 16 + 2 * 10)
+    (restart,) = tmp_path.glob("runs/*/restart")
+    (saved,) = [int(path.name) for path in restart.iterdir() if path.name.isdecimal()]
+    assert told(work(tmp_path, study), monkeypatch, 1000)[0] == saved * 2
+    everything(tmp_path, study)
+    assert results(tmp_path) == results(finished)
+
+
+def test_arms_behind_one_that_fails_are_trained(tmp_path, monkeypatch):
+    rates = Factor("optimiser.learning_rate", (1e30, 1e-3))
+    study = replace(STUDY, factors=(rates,), twin=None, run=replace(STUDY.run, cohort=1))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"gradient norm nan at step 2"):
+            told(work(tmp_path, study), monkeypatch, 1000)
+        assert len(list(tmp_path.glob("runs/*/lineage.json"))) == 1
 
 
 def test_a_lost_attribution_is_made_again(copy, finished):

@@ -1,5 +1,6 @@
 """The trainer: what a setting may change, what a mesh may change, what stops it, and that it learns."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -9,9 +10,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from natfp_jax import checkpoint, config, files, mesh, params, program, train
+from natfp_jax import checkpoint, config, files, mesh, optim, params, program, train
 from natfp_jax.ceiling import log_likelihood
 from natfp_jax.config import Corpus, Data, Experiment, Model, Optimiser, Run, Stories, replace
 from natfp_jax.corpus import prepare
@@ -72,10 +73,14 @@ def test_cadence_validation_and_tensorboard_change_no_weight_and_no_hash(tiny, t
     assert list((run.folder / "tensorboard").glob("events.*"))
 
 
+def rates(experiment):
+    return optim.schedule(optim.hyperparameters(experiment.optimiser, 16), experiment.optimiser.schedule, 16)
+
+
 def test_the_logged_steps_are_those_of_the_schedule(tiny, tiny_run):
     lines = [line for line in logged(tiny_run) if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12, 14, 16]
-    rate = train.optim.schedule(tiny.optimiser, 16)
+    rate = rates(tiny)
     for line in lines:
         assert line["learning_rate"] == float(rate(line["step"] - 1))  # of the update that made this step
         assert 0 < line["gradient_norm"] < 10
@@ -88,11 +93,15 @@ def test_kept_steps(tiny):
     assert tiny.kept_steps((0.5, 0.25, 1.0, 0.0, 0.26)) == [0, 4, 8, 16]
 
 
-def looking(monkeypatch, step, evaluate=lambda tree, windows: 0.0):
+def looking(monkeypatch, step, evaluate=lambda tree, windows_KBT: np.zeros(len(windows_KBT))):
     """The trainer runs with another step, which leaves the state as it is."""
-    state = program.State({"w": jax.numpy.zeros(2)}, {"m": jax.numpy.zeros(2)})
-    fake = program.Program(init=lambda seed, perturb: state, step=step, evaluate=evaluate, state=state)
-    monkeypatch.setattr(train, "program_of", lambda *args: fake)
+
+    def fake(*args):
+        compiled = copy.copy(program.program_of(*args))
+        compiled.step, compiled.evaluate = step, evaluate
+        return compiled
+
+    monkeypatch.setattr(train, "program_of", fake)
 
 
 # --- invariant 3: what is fed -----------------------------------------------------------------------------------------
@@ -103,9 +112,11 @@ def test_the_same_rows_are_fed_on_every_mesh(shape, tiny, tiny_store, train_arm,
     """The trainer runs with a step that only looks at its batch; the hash is then that of what it saw."""
     fed = []
 
-    def look(state, windows_BT, asked_N):
-        fed.append(np.asarray(windows_BT))
-        return state, {"loss": np.float32(1), "gradient_norm": np.float32(1), "asked": asked_N.max()}
+    def look(state, numbers, windows_KBT, asked_N):
+        (windows_BT,) = {row.tobytes(): row for row in np.asarray(windows_KBT)}.values()
+        fed.append(windows_BT)
+        one_K = np.ones(len(windows_KBT), np.float32)
+        return state, {"loss": one_K, "gradient_norm": one_K, "asked": asked_N.max()}
 
     looking(monkeypatch, look)
     run = train_arm(tiny, tmp_path / "run", devices=made(shape), name="looking")
@@ -167,12 +178,13 @@ def test_weights_and_moments_lie_as_the_table_says_and_the_old_state_is_given_up
     devices = made((1, 2, 2, 2))
     compiled = train.program_of(tiny, tiny_store, devices, Run())
     specs = params.table(tiny.model, tiny_store.tokenizer.padded_size)
-    old = compiled.init(0, None)
-    windows = mesh.lay(tiny_store.windows(32, 32).rows(np.arange(8)), mesh.batch_sharding(devices))
-    new, found = compiled.step(old, windows, train._signals(devices)[train._SAVE])
+    old = compiled.stack([lambda: compiled.init(0)])
+    windows = mesh.lay(tiny_store.windows(32, 32).rows(np.arange(8))[None], mesh.batch_sharding(devices))
+    numbers = train.laid(compiled, [optim.hyperparameters(tiny.optimiser, 16)])
+    new, found = compiled.step(old, numbers, windows, train._signals(devices)[train._SAVE])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert not windows.is_deleted()
-    assert np.isfinite(float(found["loss"]))
+    assert np.isfinite(found["loss"]).all()
     assert int(found["asked"]) == train._SAVE
     moments = [
         part for part in jax.tree.leaves(new.optimiser, is_leaf=lambda part: isinstance(part, dict)) if isinstance(part, dict)
@@ -183,7 +195,8 @@ def test_weights_and_moments_lie_as_the_table_says_and_the_old_state_is_given_up
         assert flat.keys() == specs.keys()
         for path, leaf in flat.items():
             assert leaf.dtype == np.float32
-            assert leaf.sharding.is_equivalent_to(NamedSharding(devices, specs[path].partition), leaf.ndim), path
+            expected = NamedSharding(devices, PartitionSpec("replica", *specs[path].partition))
+            assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), path
             parts = math.prod(devices.shape[axis] for axis in specs[path].partition if axis is not None)
             assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}
 
@@ -303,14 +316,14 @@ def failing(steps, monkeypatch, validation=()):
     """
     seen = []
 
-    def step(state, windows_BT, asked_N):
+    def step(state, numbers, windows_KBT, asked_N):
         seen.append(None)
-        values = {"loss": np.float32(1), "gradient_norm": np.float32(2), "asked": asked_N.max()}
+        values = {"loss": np.float32([1]), "gradient_norm": np.float32([2]), "asked": asked_N.max()}
         if len(seen) in steps:
-            values[steps[len(seen)]] = np.float32(np.inf)
+            values[steps[len(seen)]] = np.float32([np.inf])
         return state, values
 
-    looking(monkeypatch, step, lambda tree, windows: np.nan if len(seen) in validation else 1.0)
+    looking(monkeypatch, step, lambda tree, windows_KBT: np.array([np.nan if len(seen) in validation else 1.0]))
 
 
 @pytest.mark.parametrize(
@@ -335,17 +348,20 @@ def test_whatever_is_not_finite_stops_before_a_checkpoint_of_it(
 
 
 def test_a_step_that_is_not_finite_can_be_skipped_and_leaves_the_state_as_it_was(tiny, tiny_store, one_device):
-    windows, quiet = tiny_store.windows(32, 32).rows(np.arange(8)), train._signals(one_device)[train._GO_ON]
+    windows = mesh.lay(tiny_store.windows(32, 32).rows(np.arange(8))[None], mesh.batch_sharding(one_device))
+    quiet = train._signals(one_device)[train._GO_ON]
     for nonfinite in ("skip", "stop"):
         compiled = train.program_of(replace(tiny, "optimiser.nonfinite", nonfinite), tiny_store, one_device, Run())
-        good = jax.device_get(compiled.init(0, None))
+        numbers = train.laid(compiled, [optim.hyperparameters(tiny.optimiser, 16)])
+        like = jax.tree.map(lambda leaf: leaf.sharding, compiled.state)
+        good = jax.device_get(compiled.stack([lambda compiled=compiled: compiled.init(0)]))
         bad = good._replace(params={**good.params, "norm": np.full_like(good.params["norm"], np.inf)})
-        after, found = compiled.step(jax.device_put(bad), windows, quiet)
-        assert not np.isfinite(float(found["loss"]))
+        after, found = compiled.step(jax.device_put(bad, like), numbers, windows, quiet)
+        assert not np.isfinite(found["loss"][0])
         same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(bad), strict=True)]
         assert all(same) == (nonfinite == "skip")
-        moved, found = compiled.step(jax.device_put(good), windows, quiet)
-        assert np.isfinite(float(found["loss"]))
+        moved, found = compiled.step(jax.device_put(good, like), numbers, windows, quiet)
+        assert np.isfinite(found["loss"][0])
         assert not np.array_equal(moved.params["norm"], good.params["norm"])
 
 
@@ -358,7 +374,7 @@ def test_skipped_steps_are_recorded_and_take_no_step_of_the_schedule(tiny, train
     for step, line in lines.items():
         assert ("loss" in line) == (step not in (3, 16))
         assert ("gradient_norm" in line) == (step != 6)
-    rate = train.optim.schedule(tiny.optimiser, 16)
+    rate = rates(tiny)
     for step, updates in ((1, 0), (2, 1), (4, 2), (5, 3), (7, 4), (15, 12)):  # of which the third and sixth were none
         assert lines[step]["learning_rate"] == float(rate(updates))
 
@@ -470,9 +486,8 @@ def test_a_damaged_state_is_neither_used_nor_trained_on(
     assert run.metrics.read_bytes() == tiny_run.metrics.read_bytes()
 
 
-@pytest.mark.parametrize("folder", ["checkpoints", "restart"])
 def test_weights_that_are_not_those_of_the_record_are_neither_used_nor_trained_on(
-    folder, tiny, tiny_run, tiny_store, train_arm, one_device, tmp_path
+    tiny, tiny_run, tiny_store, train_arm, one_device, tmp_path
 ):
     """Every file is what was written, but the record says other weights: of a defect, not of a disk."""
     shutil.copytree(tiny_run.folder, tmp_path / "run")
@@ -482,27 +497,22 @@ def test_weights_that_are_not_those_of_the_record_are_neither_used_nor_trained_o
     weights = listed["record"]["weights"]
     files.write_json(path, {**listed, "record": {**listed["record"], "weights": "0" * 64}})
     shutil.rmtree(run.checkpoints / "16")
-    if folder == "restart":
-        run.restart.mkdir()
-        (run.checkpoints / "8").rename(run.restart / "8")
-    else:
-        damage = damaged(load_params, run, 8, tiny, tiny_store, one_device)
-        assert damage.path == run.checkpoints / "8"
+    damage = damaged(load_params, run, 8, tiny, tiny_store, one_device)
+    assert damage.path == run.checkpoints / "8"
     damage = damaged(train_arm, tiny, run.folder, checkpoints=(0.25,))
-    assert damage.path == run.folder / folder / "8"
+    assert damage.path == run.checkpoints / "8"
     assert damage.why == f"is damaged: its weights have sha256 {weights}, expected {'0' * 64}"
 
 
-@pytest.mark.parametrize("folder", ["checkpoints", "restart"])
-def test_a_state_of_another_experiment_is_not_trained_on(folder, tiny, tiny_run, train_arm, tmp_path):
+def test_a_state_of_another_experiment_is_not_trained_on(tiny, tiny_run, train_arm, tmp_path):
     other = train_arm(replace(tiny, "seeds.init", 1), tmp_path / "other", checkpoints=(0.5,))
     shutil.copytree(tiny_run.folder, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     shutil.rmtree(run.checkpoints / "16")
     shutil.rmtree(run.checkpoints / "8")
-    shutil.copytree(other.checkpoints / "8", run.folder / folder / "8")
+    shutil.copytree(other.checkpoints / "8", run.checkpoints / "8")
     damage = damaged(train_arm, tiny, run.folder, checkpoints=(0.25,))
-    assert damage.path == run.folder / folder / "8"
+    assert damage.path == run.checkpoints / "8"
     owners = [one.record(0)["fingerprint"] for one in (other, tiny_run)]
     assert damage.why == f"is a state of the experiment {owners[0]}, expected {owners[1]}"
 

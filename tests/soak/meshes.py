@@ -210,15 +210,17 @@ def _noting(path: Path) -> None:
 
     def noted(tree: object, sharding: object) -> object:
         laid = lay(tree, sharding)
-        rows = [
-            {
-                str((shard.index[0].start or 0) + place): hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest()
-                for place, row in enumerate(np.asarray(shard.data))
-            }
-            for shard in laid.addressable_shards
-        ]
+        if getattr(laid, "ndim", 0) != 3:  # no batch of windows, [replica, row, token]
+            return laid
+        held = []
+        for shard in laid.addressable_shards:
+            replica, first = (axis.start or 0 for axis in shard.index[:2])
+            places = ((replica + k) * laid.shape[1] + first + row for k, row in np.ndindex(*shard.data.shape[:2]))
+            windows = np.asarray(shard.data).reshape(-1, laid.shape[2])
+            hashes = (hashlib.sha256(row.tobytes()).hexdigest() for row in windows)
+            held.append(dict(zip(map(str, places), hashes, strict=True)))
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"size": laid.shape[0], "rows": rows}) + "\n")
+            file.write(json.dumps({"size": laid.shape[0] * laid.shape[1], "rows": held}) + "\n")
         return laid
 
     path.unlink(missing_ok=True)

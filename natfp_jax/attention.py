@@ -1,0 +1,88 @@
+"""Attention with rotary positions, by the way that suits the platform.
+
+Owns the choice and the rotation. Must not know parameters, layers or what the keys are of.
+
+Letters: B batch, b some rows of it, T tokens, S cache slots, N query heads, K key-value heads, G query heads of each, H head
+width.
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+
+from natfp_jax import mesh
+from natfp_jax.blocks import row_blocks
+
+__all__ = ["causal", "masked", "rotate"]
+
+Devices = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary positions (Su et al., 2021), first and second half of a head paired as in Llama."""
+    half = x_BTNH.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_BT[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def causal(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, theta: float, devices: Devices | None = None) -> jax.Array:
+    """Every token attends to itself and those before it, which stand at 0, 1, ...; queries and keys not rotated yet.
+
+    Args:
+      theta: of the rotation.
+      devices: what rows and heads are laid over, where that is known.
+    """
+    whole = devices is not None and mesh.whole(devices)
+    if jax.default_backend() == "cpu" and whole:
+        blocks = tuple(map(row_blocks, (q_BTNH, k_BTKH, v_BTKH)))
+        if len(blocks[0]) > 1:
+            # Some rows at a time, whose scores stay in the cache, and are made again for the backward pass instead of kept.
+            some = jax.checkpoint(partial(_some_rows, theta=theta))
+            return jax.lax.map(lambda qkv: some(*qkv), blocks).reshape(q_BTNH.shape)
+    # A kernel of cuDNN cannot be placed inside of `shard_map` where some axes are left to the compiler (jax issue 21584).
+    placed = not isinstance(devices, jax.sharding.AbstractMesh)
+    return _rotated(q_BTNH, k_BTKH, v_BTKH, theta, _fused(q_BTNH) if placed else None)
+
+
+def _some_rows(q_bTNH: jax.Array, k_bTKH: jax.Array, v_bTKH: jax.Array, theta: float) -> jax.Array:
+    """As `_rotated`, in the order of operations that is given: the sums divide in the end, the weighed values alone.
+
+    JAX's own divides all weights, which XLA does, or else multiplies by the inverse, as it finds the program around.
+    """
+    b, T, N, H = q_bTNH.shape
+    K, dtype = k_bTKH.shape[2], q_bTNH.dtype
+    position_T = jnp.arange(T)[None]
+    q_bTKGH = rotate(q_bTNH, position_T, theta).reshape(b, T, K, N // K, H)
+    wide = {"preferred_element_type": jnp.float32}
+    z_bKGTS = jnp.einsum("btkgh,bskh->bkgts", q_bTKGH, rotate(k_bTKH, position_T, theta), **wide) * H**-0.5
+    z_bKGTS = jnp.where(jnp.tril(jnp.ones((T, T), bool)), z_bKGTS, -jnp.inf)
+    weight_bKGTS = jnp.exp(z_bKGTS - jax.lax.stop_gradient(z_bKGTS.max(axis=-1, keepdims=True)))
+    scale_bTKG = jnp.moveaxis(1 / weight_bKGTS.sum(axis=-1), 3, 1)
+    out_bTKGH = jnp.einsum("bkgts,bskh->btkgh", weight_bKGTS.astype(dtype), v_bTKH, **wide) * scale_bTKG[..., None]
+    return out_bTKGH.astype(dtype).reshape(b, T, N, H)
+
+
+def _rotated(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, theta: float, kernel: Literal["cudnn"] | None
+) -> jax.Array:
+    position_T = jnp.arange(q_BTNH.shape[1])[None]
+    q_BTNH, k_BTKH = rotate(q_BTNH, position_T, theta), rotate(k_BTKH, position_T, theta)
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation=kernel)
+
+
+def _fused(x_BTNH: jax.Array) -> Literal["cudnn"] | None:
+    """cuDNN's attention, which never holds all scores, where it takes heads like these: JAX does not choose it by itself."""
+    fits = x_BTNH.dtype == jnp.bfloat16 and x_BTNH.shape[-1] % 8 == 0 and x_BTNH.shape[-1] <= 128
+    there = jax.default_backend() == "gpu" and "cuda" in jax.extend.backend.get_backend().platform_version
+    return "cudnn" if fits and there else None
+
+
+def masked(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Every token attends to the slots that the mask allows; queries and keys are rotated already."""
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])

@@ -1,0 +1,51 @@
+"""Counted operations and what a chip could do of them: model FLOPs utilisation (Chowdhery et al., 2022, appendix B).
+
+Owns the formula and the table of peaks. Must not know how anything is computed: what is computed twice counts once.
+"""
+
+import jax
+
+from natfp_jax import params
+from natfp_jax.config import Model
+
+__all__ = ["peak", "per_token", "said"]
+
+# Dense products of bfloat16, FLOP/s a device, from the vendors' data sheets. float32 on these runs by other units or in passes.
+_PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v3": 61.5e12,  # JAX counts its cores
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def per_token(model: Model, vocabulary: int, seq_len: int) -> int:
+    """Operations of one training step for one token: 6 N + 6 L H T.
+
+    N: parameters in products of matrices, the head among them, the embedding (which is looked up) and the norms not; each is
+    multiplied and added once forward and twice backward. L H T: layers, width of all heads, tokens of a window; the products of
+    attention are 12 L H T, of which the causal half counts.
+    """
+    specs = params.table(model, vocabulary)
+    size = params.dims(model, vocabulary)
+    products = {path: spec for path, spec in specs.items() if spec.decay and (path != "embedding" or model.tied)}
+    return 6 * params.count(products) + 6 * size["L"] * size["N"] * size["H"] * seq_len
+
+
+def peak(device: jax.Device) -> float | None:
+    """FLOP/s of a device at its best, in bfloat16; None: it stands in no data sheet that is known here."""
+    near = [name for name in _PEAKS if device.device_kind.startswith(name)]
+    return _PEAKS[max(near, key=len)] if near else None
+
+
+def said(flops_per_second: float, devices: jax.sharding.Mesh) -> str:
+    """What was reached, in words: of all devices, and as a part of their peak where that is known."""
+    best = peak(devices.devices.flat[0])
+    reached = f"{flops_per_second / 1e12:.3g} TFLOP/s"
+    return reached if best is None else f"{reached}, MFU {100 * flops_per_second / best / devices.size:.1f} %"
