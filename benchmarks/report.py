@@ -1,0 +1,91 @@
+"""What a benchmark leaves: a table on the screen and a JSON file that says on what it was measured.
+
+Owns both, the versions, and the floor of the machine. Must not know what was measured.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["RESULTS", "machine", "matrix_peak", "save", "show", "versions"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def versions() -> dict[str, str]:
+    """Of all that was timed."""
+    names = ("natfp-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def machine() -> dict[str, Any]:
+    """The processor and how much of it there is, and the GPU."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"processor": models[0] if models else platform.processor(), "cores": len(os.sched_getaffinity(0)), **gpu}
+
+
+def matrix_peak(device: str, seconds: float = 3.0) -> dict[str, float]:
+    """Products of large matrices, FLOP/s, the middle of what so many seconds give.
+
+    On a CPU in float32 by PyTorch and by NumPy, on a GPU in bfloat16 by PyTorch.
+    """
+    import torch
+
+    if device == "cuda":
+        size = 8192
+        b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+
+        def on_gpu() -> None:
+            b @ b
+            torch.cuda.synchronize()
+
+        return {"torch": _rate(on_gpu, 2 * size**3, seconds)}
+    size = 2048
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    a = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    t = torch.from_numpy(a)
+    return {"torch": _rate(lambda: t @ t, 2 * size**3, seconds), "numpy": _rate(lambda: a @ a, 2 * size**3, seconds)}
+
+
+def _rate(product: Callable[[], object], operations: int, seconds: float) -> float:
+    product()
+    rates, until = [], time.monotonic() + seconds
+    while time.monotonic() < until:
+        begun = time.perf_counter()
+        product()
+        rates.append(operations / (time.perf_counter() - begun))
+    return statistics.median(rates)
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], width: int = 160) -> str:
+    """Prints a table; the same as text."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:1] else "right")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console = Console(width=width, record=True)
+    console.print(table)
+    return console.export_text()
+
+
+def save(name: str, found: dict[str, Any], table: str) -> None:
+    """Writes results/NAME.json and results/NAME.txt."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / f"{name}.txt").write_text(table)
