@@ -98,6 +98,7 @@ def build_natfp(shape: Shape, replicas: list[int], run: Run | None = None) -> Ca
         return losses
 
     steps(2)  # compiles
+    state = None  # else both would be held at once
     state, done = program.stack([lambda replica=replica: program.init(replica) for replica in replicas]), 0  # type: ignore[misc]
     return steps
 
