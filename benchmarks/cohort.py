@@ -1,8 +1,9 @@
 """K replicas together against one by one, ours and PyTorch's; one process with all cores, or one process a core.
 
-    python -m benchmarks.cohort [--replicas 8] [--device cuda]
+    python -m benchmarks.cohort [--replicas 8] [--device cuda] [--pairs]
 
-Tokens/s are those of all replicas together.
+Tokens/s are those of all replicas together. With `--pairs` memory holds two sides at once, the cohort and each other one: whose
+tokens/s are then the cohort's of the first pair, times the ratio of its own pair.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 from typing import Any
 
 from benchmarks import report
-from benchmarks.sides import Side, agreed, in_turn, started
+from benchmarks.sides import Side, Timing, agreed, in_turn, started
 from benchmarks.workloads import COHORT_SHAPES, Shape, build_natfp, build_natfp_one_by_one, build_torch
 from natfp_jax import flops
 from natfp_jax.config import Mesh, Run
@@ -44,15 +45,21 @@ def sides_of(shape: Shape, replicas: int, device: str, cores: list[int]) -> list
     return sides
 
 
-def measured(shape: Shape, replicas: int, device: str, rounds: int, seconds: float, peak: float) -> dict[str, Any]:
+def measured(shape: Shape, replicas: int, device: str, rounds: int, seconds: float, pairs: bool, peak: float) -> dict[str, Any]:
     """One row."""
-    cores = sorted(os.sched_getaffinity(0))
-    with started(sides_of(shape, replicas, device, cores)) as running:
-        differ = agreed(running, shape.dtype)
-        pace = {name: one.run(1)[0] for name, one in running.items()}
-        steps = {name: max(1, round(seconds / each)) for name, each in pace.items()}
-        timed = in_turn(running, steps, rounds)
-    rate = {name: steps[name] * replicas * shape.tokens / timing.median for name, timing in timed.items()}
+    sides = sides_of(shape, replicas, device, sorted(os.sched_getaffinity(0)))
+    first, *others = sides
+    rate, steps, timed, differ = dict[str, float](), dict[str, int](), dict[str, Timing](), 0.0
+    for some in [[first, other] for other in others] if pairs else [sides]:
+        with started(some) as running:
+            differ = max(differ, agreed(running, shape.dtype))
+            pace = {name: one.run(1)[0] for name, one in running.items()}
+            of_pair = {name: max(1, round(seconds / each)) for name, each in pace.items()}
+            found = in_turn(running, of_pair, rounds)
+        rates = {name: of_pair[name] * replicas * shape.tokens / timing.median for name, timing in found.items()}
+        scale = rate.get(first.name, rates[first.name]) / rates[first.name]
+        rate |= {name: scale * value for name, value in rates.items()}
+        timed, steps = {**found, **timed}, {**of_pair, **steps}
     counted = flops.per_token(shape.experiment.model, shape.vocabulary, shape.seq_len)
     ours, theirs = (max(value for name, value in rate.items() if name.startswith("natfp") == mine) for mine in (True, False))
     together = max(value for name, value in rate.items() if name.startswith("natfp cohort"))
@@ -71,6 +78,7 @@ def measured(shape: Shape, replicas: int, device: str, rounds: int, seconds: flo
         "losses_differ_by": differ,
         "rounds": rounds,
         "steps": steps,
+        "in_pairs": pairs,
     }
 
 
@@ -82,37 +90,49 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of one side in one round, about")
     parser.add_argument("--device", choices=list(COHORT_SHAPES), default="cpu")
     parser.add_argument("--shapes", type=int, nargs="*", help="which of the shapes, by number; default all")
+    parser.add_argument("--pairs", action="store_true", help="hold two sides at once, not all")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/cohort[-cuda].*")
     arguments = parser.parse_args()
     device, shapes = arguments.device, COHORT_SHAPES[arguments.device]
     peaks = report.matrix_peak(device)
     rows = [
-        measured(shapes[place], arguments.replicas, device, arguments.rounds, arguments.seconds, max(peaks.values()))
+        measured(
+            shapes[place],
+            arguments.replicas,
+            device,
+            arguments.rounds,
+            arguments.seconds,
+            arguments.pairs,
+            max(peaks.values()),
+        )
         for place in arguments.shapes or range(len(shapes))
     ]
+    name = "cohort" if device == "cpu" else f"cohort-{device}"
     found = {
         "command": f"python -m benchmarks.cohort {' '.join(sys.argv[1:])}",
         "machine": {**report.machine(), "matrix_peak": peaks},
         "versions": report.versions(),
         "rows": rows,
     }
+    if arguments.save:
+        found = report.joined(name, found)
     columns = ["width x layers, batch x tokens, vocabulary", "side", "tokens/s", "spread", "of peak", "memory MB"]
     lines = [
         (
-            row["shape"] if name == "natfp cohort" else "",
+            f"{row['replicas']} of {row['shape']}" if name == "natfp cohort" else "",
             name,
             f"{rate:,.0f}",
             f"{100 * row['spread'][name]:.1f} %",
             f"{100 * row['ratio_peak'][name]:.1f} %",
             f"{row['peak_memory_bytes'][name] / 1e6:,.0f}",
         )
-        for row in rows
+        for row in found["rows"]
         for name, rate in row["tokens_per_s"].items()
     ]
-    title = f"{arguments.replicas} replicas, {max(peaks.values()) / 1e9:.0f} GFLOP/s at best"
+    title = f"replicas, {max(peaks.values()) / 1e9:.0f} GFLOP/s at best"
     table = report.show(title, columns, lines)
     if arguments.save:
-        report.save("cohort" if device == "cpu" else f"cohort-{device}", found, table)
+        report.save(name, found, table)
 
 
 if __name__ == "__main__":

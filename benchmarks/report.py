@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["RESULTS", "machine", "matrix_peak", "save", "show", "versions"]
+__all__ = ["RESULTS", "joined", "machine", "matrix_peak", "save", "show", "versions"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -82,6 +82,21 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], w
     console = Console(width=width, record=True)
     console.print(table)
     return console.export_text()
+
+
+def joined(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """`found`, and the rows of other shapes that results/NAME.json has of the same machine and versions."""
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {**found, "rows": []}
+
+    def on(file: dict[str, Any]) -> dict[str, Any]:
+        return {**file["versions"], **{key: value for key, value in file["machine"].items() if key != "matrix_peak"}}
+
+    rows: dict[Any, dict[str, Any]] = {}
+    for file in (before, found) if on(before) == on(found) else (found,):
+        of_all = {"command": file["command"], "matrix_peak": file["machine"]["matrix_peak"]}
+        rows |= {(row["shape"], row["replicas"]): {**of_all, **row} for row in file["rows"]}
+    return {**found, "rows": list(rows.values())}
 
 
 def save(name: str, found: dict[str, Any], table: str) -> None:

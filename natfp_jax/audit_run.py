@@ -66,7 +66,7 @@ class AuditedRun:
     @property
     def finished(self) -> bool:
         """Whether its training has come to an end."""
-        return (self.run.folder / "lineage.json").exists()
+        return self.run.finished
 
     @cached_property
     def records(self) -> dict[int, dict[str, Any]]:

@@ -25,7 +25,7 @@ from natfp_jax import files, processes
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.files import MANIFEST
 
-__all__ = ["Checkpoints", "record", "remove", "restore", "steps", "verify", "with_shardings"]
+__all__ = ["Checkpoints", "record", "remove", "restore", "sealed", "steps", "verify", "with_shardings"]
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of a save as news
 
@@ -36,18 +36,25 @@ _ITEMS = ("params", "optimiser")
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that are whole, ascending.
+    """The steps that are whole, ascending, where no other process is at work.
 
     Raises:
       Damaged: a step has no manifest.
     """
-    if not folder.is_dir():
-        return []
-    found = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    found = _folders(folder)
     for step in found:
         if not (folder / str(step) / MANIFEST).exists():
             raise Damaged(folder / str(step), f"has no {MANIFEST}: the process was stopped while it saved this step")
     return found
+
+
+def sealed(folder: Path) -> list[int]:
+    """The steps that are whole, ascending, where another process may be at work: what it is saving is no damage."""
+    return [step for step in _folders(folder) if (folder / str(step) / MANIFEST).exists()]
+
+
+def _folders(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
 
 
 def record(folder: Path, step: int) -> dict[str, Any]:
@@ -99,8 +106,8 @@ def restore(folder: Path, step: int, params: Any, optimiser: Any = None) -> tupl
     try:
         return item("params", params), None if optimiser is None else item("optimiser", optimiser)
     except Exception as error:  # Orbax raises whatever it likes over a damaged file
-        if processes.is_loss(error):
-            raise
+        if processes.is_loss(error) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # which says nothing of the file
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Damaged(folder / str(step), f"cannot be restored ({why})") from error
 
@@ -160,7 +167,7 @@ class Checkpoints:
         """Saves one step, beside what follows.
 
         Raises:
-          OSError: there is no room for it. What went before is as it was.
+          UserError: there is no room for it. What went before is as it was.
         """
         self.settle(wait=True)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimiser)))
@@ -170,10 +177,13 @@ class Checkpoints:
         self._saving = step, record
 
     def check_room(self, needed: int) -> None:
-        """Raises an OSError if there is no room for so many bytes: Orbax would find out in the middle, in many threads."""
+        """Raises a UserError if there is no room for so many bytes: Orbax would find out in the middle, in many threads."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self.folder).free < needed:
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: what is saved takes {needed} bytes", str(self.folder))
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise UserError(
+                f"{self.folder}: {os.strerror(errno.ENOSPC)}: what is saved takes {needed} bytes, {free} are free: make room "
+                "or give another --out, then run the same command again"
+            )
 
     def settle(self, wait: bool = False) -> None:
         """Seals the step that was saved last, if it is committed; with `wait`, returns once it is."""

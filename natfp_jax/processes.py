@@ -37,6 +37,7 @@ __all__ = [
     "led",
     "lost",
     "many",
+    "most",
     "start",
     "together",
     "watched",
@@ -222,6 +223,11 @@ def agree(what: dict[str, str]) -> None:
                         f"{expected.get(name)}; start all processes with the same code, command and files"
                     )
                 )
+
+
+def most(value: int) -> int:
+    """The largest of all processes' values."""
+    return int(value) if not many() else int(np.max(multihost_utils.process_allgather(np.int64(value))))
 
 
 def together(error: BaseException | None) -> bool:

@@ -10,6 +10,7 @@ replica's bits do not depend on its companions. `fast`: all of them at once, as 
 Letters: K replicas, B rows, T tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -88,8 +89,11 @@ class Program:
         if replicas == self.replicas:
             return self.state
 
+        # Where they do not divide, every device has all: it is that or another file format.
+        axis = None if replicas % self.devices.shape["replica"] else "replica"
+
         def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            sharding = NamedSharding(self.devices, PartitionSpec(None, *leaf.sharding.spec))
+            sharding = NamedSharding(self.devices, PartitionSpec(axis, *leaf.sharding.spec))
             return jax.ShapeDtypeStruct((replicas, *leaf.shape), leaf.dtype, sharding=sharding)
 
         found: State = jax.tree.map(stacked, self.one)
@@ -275,11 +279,15 @@ class Program:
 
     @property
     def device_bytes(self) -> int:
-        """What a step takes of a device's memory, as the compiler has laid it out."""
+        """What a step takes of a device's memory, as the compiler has laid it out; of a host's also what is being saved."""
         found = self._compiled.memory_analysis()
         assert found is not None  # every backend that trains says it
         taken = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-        return int(taken - found.alias_size_in_bytes + found.generated_code_size_in_bytes)
+        taken += found.generated_code_size_in_bytes - found.alias_size_in_bytes
+        if self.devices.devices.flat[0].platform == "cpu":  # a save goes on beside training, from a copy in the same memory
+            leaves = jax.tree.leaves(self.state)
+            taken += sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+        return int(taken)
 
 
 def one_each(devices: jax.sharding.Mesh) -> NamedSharding:

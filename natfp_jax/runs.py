@@ -1,11 +1,10 @@
 """The folder of a run: `runs/<fingerprint>/`.
 
-Owns what lies in it (experiment.json, checkpoints/, restart/, metrics.jsonl, lineage.json) and whose it is. Must not know how
+Owns what lies in it (experiment.json, checkpoints/, metrics.jsonl, lineage.json) and whose it is. Must not know how
 training works.
 """
 
 import json
-import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,33 +32,35 @@ class RunFolder:
         return self.folder / "checkpoints"
 
     @property
-    def restart(self) -> Path:
-        """The folder of the disposable states that a killed run goes on from."""
-        return self.folder / "restart"
-
-    @property
     def metrics(self) -> Path:
         """The log of the training, a JSON object a line."""
         return self.folder / "metrics.jsonl"
 
+    @property
+    def _lineage(self) -> Path:
+        return self.folder / "lineage.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether its training has come to an end; also where lineage.json cannot be read."""
+        try:
+            return self._lineage.exists() and files.read_remade(self._lineage)["metrics"] is not None
+        except Damaged:
+            return True
+
     def complete(self, steps: list[int]) -> bool:
-        """Whether all of `steps` are kept and their lineage is gathered.
+        """Whether all of `steps` are kept and their lineage is gathered; another study may be adding more.
 
         Raises:
-          Damaged: a checkpoint is not whole, or lineage.json is not what was written.
+          Damaged: lineage.json is not what was written.
         """
-        path = self.folder / "lineage.json"
-        if self.missing(steps) or not path.exists():
+        if self.missing(steps) or not self._lineage.exists():
             return False
-        return set(steps) <= {record["step"] for record in files.read_remade(path)["checkpoints"]}
+        return set(steps) <= {record["step"] for record in files.read_remade(self._lineage)["checkpoints"]}
 
     def missing(self, steps: list[int]) -> list[int]:
-        """Those of `steps` that have no checkpoint yet, ascending.
-
-        Raises:
-          Damaged: a checkpoint is not whole.
-        """
-        return sorted(set(steps) - set(checkpoint.steps(self.checkpoints)))
+        """Those of `steps` that have no checkpoint yet, ascending."""
+        return sorted(set(steps) - set(checkpoint.sealed(self.checkpoints)))
 
     def owner(self) -> str:
         """The fingerprint of the experiment that the folder says it is of."""
@@ -113,8 +114,15 @@ class RunFolder:
         """The records of all kept checkpoints, by step."""
         return [self.record(step) for step in checkpoint.steps(self.checkpoints)]
 
+    def reopen(self) -> None:
+        """Says in lineage.json, if the run was finished, that it goes on: the checkpoints that are there stand, not the log."""
+        if self._lineage.exists():
+            written, there = files.read_remade(self._lineage), checkpoint.steps(self.checkpoints)
+            stand = [record for record in written["checkpoints"] if record["step"] in there]
+            files.write_json(self._lineage, {**written, "checkpoints": stand, "metrics": None})
+
     def finish(self, identity: Identity) -> None:
-        """Gathers the records of all checkpoints in lineage.json, sorts the log, and drops the restart states."""
+        """Gathers the records of all checkpoints in lineage.json, and sorts the log."""
         _write(self.metrics, metrics(self.metrics)[0])  # a checkpoint that was made again has its line at the end
         log = {"lines": len(metrics(self.metrics)[0]), "sha256": files.hash_file(self.metrics)}
         lineage = {
@@ -123,12 +131,13 @@ class RunFolder:
             "checkpoints": self.records(),
             "metrics": log,
         }
-        files.write_json(self.folder / "lineage.json", lineage)
-        shutil.rmtree(self.restart, ignore_errors=True)
+        files.write_json(self._lineage, lineage)
 
     def damaged_metrics(self) -> str | None:
-        """What is wrong with the log of a finished run, in words."""
-        expected = files.read_remade(self.folder / "lineage.json")["metrics"]
+        """What is wrong with the log of a finished run, in words; while it goes on there is nothing to hold it to."""
+        expected = files.read_remade(self._lineage)["metrics"]
+        if expected is None:
+            return None
         lines, damaged = metrics(self.metrics)
         if self.metrics.exists() and files.hash_file(self.metrics) == expected["sha256"]:
             return None

@@ -14,17 +14,19 @@ import numpy as np
 
 from natfp_jax import attribution, classify, config, files, mesh, processes, stats, texts
 from natfp_jax.ceiling import log_likelihood
+from natfp_jax.cohort import fitting, standing
 from natfp_jax.config import Study
 from natfp_jax.errors import Failed, UserError
 from natfp_jax.lineage import numerics
 from natfp_jax.lock import alone
+from natfp_jax.member import Member
 from natfp_jax.progress import Progress
 from natfp_jax.rng import words
 from natfp_jax.runs import damaged_lines
 from natfp_jax.sample import Strategy, draw, draw_key, pad_prompts
 from natfp_jax.stopping import Stop
 from natfp_jax.study import Arm, Draw, draws
-from natfp_jax.train import Member, check, fitting, load_params, train
+from natfp_jax.train import check, load_params, train
 from natfp_jax.workspace import Workspace, write_if_new
 
 __all__ = ["Work"]
@@ -99,7 +101,7 @@ class Work(Workspace):
                     for member in sorted(cohort, key=lambda member: member.run.folder):  # studies may share them
                         locks.enter_context(processes.leading(alone(member.run.folder, self.progress)))
                     try:
-                        steps = train(cohort, settings, self.devices, advance, self.stop, self.progress.say)
+                        steps = train(cohort, self.restarts, settings, self.devices, advance, self.stop, self.progress.say)
                     except Failed as failed:
                         failures.append(str(failed))
                         continue
@@ -108,20 +110,25 @@ class Work(Workspace):
                 raise Failed("; ".join(failures), agreed=True)
 
     def _cohorts(self, todo: list[Arm]) -> Iterator[list[Member]]:
-        """The arms that train together: of one shape, and as many as memory holds.
+        """The arms that train together: of one shape, as far as one another, and as many as memory holds.
 
-        All arms of the study are cut, and then those left out that are finished: so that a cohort which was stopped finds
-        itself again, whatever has been finished since.
+        So a cohort that was stopped finds itself again, whatever has been finished since, and no arm waits for those behind it.
         """
-        names, groups = {arm.id for arm in todo}, dict[Any, list[Member]]()
-        for arm in self.arms.values():
-            member = Member(arm.id, arm.experiment, self.identities[arm.id], self.store_of(arm), self.run_of(arm.id))
-            groups.setdefault(config.shape(arm.experiment), []).append(member)
-        for group in groups.values():
-            if any(member.name in names for member in group):
-                for cohort in fitting(group, self.study.run, self.devices, self.progress.say):
-                    if left := [member for member in cohort if member.name in names]:
-                        yield left
+        members = [
+            Member(arm.id, arm.experiment, self.identities[arm.id], self.store_of(arm), self.run_of(arm.id)) for arm in todo
+        ]
+        kept = [self.kept(arm) for arm in todo]
+        stand = processes.led(
+            lambda: [standing(member, steps, self.restarts) for member, steps in zip(members, kept, strict=True)]
+        )
+        groups = dict[Any, list[Member]]()
+        for member, where in zip(members, stand, strict=True):
+            groups.setdefault((config.shape(member.experiment), *where), []).append(member)
+        for (_, *where), group in groups.items():
+            if where:
+                yield from fitting(group, self.study.run, self.devices, self.progress.say)
+            else:  # they have all, and are finished alone
+                yield group
 
     # --- sample ---
 

@@ -1,15 +1,14 @@
 """Training one cohort: arms of one shape, together.
 
-Owns the loop, what is saved and when, and what is recorded at each kept checkpoint. Everything but the state is a function of
-the step, so a restart from any saved state gives the bits of an untouched run. Kept checkpoints belong to the arms; a restart
-state belongs to the cohort, and counts for no other one. Must not know studies, sampling or reports.
+Owns the loop, and what is saved when. Everything but the state is a function of
+the step, so a restart from any saved state gives the bits of an untouched run. Kept checkpoints belong to the arms, a restart
+state to the cohort. Must not know studies, sampling or reports.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,46 +16,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from natfp_jax import checkpoint, mesh, optim, params, processes
+from natfp_jax import checkpoint, mesh, optim, params, processes, restart
 from natfp_jax.blocks import block_length
 from natfp_jax.checkpoint import Checkpoints
+from natfp_jax.cohort import begun, called, fingerprints, finish
 from natfp_jax.config import Experiment, Run
 from natfp_jax.corpus import Store
 from natfp_jax.errors import Damaged, Failed, Stopped, UserError
-from natfp_jax.lineage import Identity, code, numerics, weight_hash
+from natfp_jax.lineage import numerics, weight_hash
+from natfp_jax.member import Member, Underway, validation_batches
 from natfp_jax.optim import Hyperparameters
-from natfp_jax.order import Order, order_hash
+from natfp_jax.order import Order
 from natfp_jax.pace import Pace
 from natfp_jax.params import Params
 from natfp_jax.program import Program, State, execution_of, one_each, program_of
-from natfp_jax.runs import MetricsLog, RunFolder
+from natfp_jax.runs import RunFolder
 from natfp_jax.stopping import Stop
 
-__all__ = ["EARLY", "Member", "check", "conditions", "fitting", "laid", "load_params", "quiet", "replay", "train"]
+__all__ = ["EARLY", "check", "conditions", "laid", "load_params", "quiet", "replay", "train"]
 
 EARLY = (1, 2, 4, 8)  # steps whose weights are hashed, so that an audit can prove the descent from step 0 in a moment
-SKIPS = 10  # steps left out one after another before a run that skips them is given up
-_ROOM = 0.8  # of a device's memory; the rest is for one arm's state and what is copied while saving
 _GO_ON, _SAVE, _STOP = 0, 1, 2  # what a process asks for; the most of them is what all do
-
-
-@dataclass(frozen=True)
-class Member:
-    """One arm of a cohort."""
-
-    name: str  # how messages call it
-    experiment: Experiment
-    identity: Identity
-    store: Store
-    run: RunFolder
-
-
-def _called(members: Sequence[Member]) -> str:
-    """`arm init0 is`, `arms init0, init1 are`: how messages begin."""
-    names = [member.name for member in members]
-    if len(names) == 1:
-        return f"arm {names[0]} is"
-    return f"arms {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''} are"
 
 
 def load_params(run: RunFolder, step: int, experiment: Experiment, store: Store, devices: jax.sharding.Mesh) -> Params:
@@ -67,50 +47,17 @@ def load_params(run: RunFolder, step: int, experiment: Experiment, store: Store,
       Damaged: it is not what was saved.
     """
 
-    def checked() -> str:
-        checkpoint.verify(run.checkpoints, step, "params")
-        return str(run.record(step)["weights"])
-
-    weights = processes.led(checked)
+    processes.led(lambda: checkpoint.verify(run.checkpoints, step, "params"))
     tree, _ = checkpoint.restore(run.checkpoints, step, program_of(experiment, store, devices, Run()).one.params)
-    if (got := weight_hash(tree)) != weights:
-        raise Damaged(
-            run.checkpoints / str(step), f"is damaged: its weights have sha256 {got}, expected {weights}", agreed=True
-        )
+    _check_weights(tree, run, step)
     return tree
 
 
-# --- arms that fit together ---
-
-
-def fitting(
-    group: Sequence[Member], settings: Run, devices: jax.sharding.Mesh, say: Callable[[str], None]
-) -> Iterator[list[Member]]:
-    """Cuts arms of one shape into cohorts as large as memory and `settings.cohort` allow, as equal as can be."""
-    base, there = group[0], _ROOM * processes.led(lambda: mesh.device_memory(devices))
-    size, ways = min(len(group), settings.cohort or len(group)), devices.shape["replica"]
-    while size > ways:  # fewer would leave devices without an arm, and make none of them lighter
-        needed = _needed(program_of(base.experiment, base.store, devices, settings, size))
-        if needed is not None and needed <= there:
-            break
-        takes = "more than there is" if needed is None else f"{needed / 1e9:.2f} GB"
-        say(f"{size} arms together take {takes} of the {there / 1e9:.2f} GB that a device can give: fewer at a time")
-        fits = size // 2 if needed is None else int(size * there / needed)
-        size = max(ways, min(fits, size - 1) // ways * ways)
-    cohorts = -(-len(group) // size)
-    for place in range(cohorts):
-        yield list(group[place * len(group) // cohorts : (place + 1) * len(group) // cohorts])
-
-
-def _needed(program: Program) -> int | None:
-    """The bytes that a step takes of a device, as the first process finds; None: so many that it does not compile."""
-    try:
-        found = program.device_bytes
-    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler knows the memory that it compiles for
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        found = None
-    return processes.led(lambda: found)
+def _check_weights(tree: Params, run: RunFolder, step: int) -> None:
+    expected = processes.led(lambda: run.record(step)["weights"])
+    if (got := weight_hash(tree)) != expected:
+        why = f"is damaged: its weights have sha256 {got}, expected {expected}"
+        raise Damaged(run.checkpoints / str(step), why, agreed=True)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -118,6 +65,7 @@ def _needed(program: Program) -> int | None:
 
 def train(
     cohort: Sequence[Member],
+    restarts: Path,
     settings: Run,
     devices: jax.sharding.Mesh,
     advance: Callable[[int], None],
@@ -128,6 +76,7 @@ def train(
 
     Args:
       cohort: arms of one shape, none twice.
+      restarts: the folder of the states that a stopped or killed cohort goes on from.
       advance: called with the number of arms' steps done, now or earlier: all of the experiments' in the end.
       stop: where given, a signal is answered by saving after the step under way, the same one on all processes.
       say: told now and then how fast it goes.
@@ -137,239 +86,65 @@ def train(
 
     Raises:
       Failed: the loss or gradient of an arm is not finite; the others are trained to their end.
-      UserError: a folder belongs to another experiment, the batch does not divide over the mesh, or a validation part has no
-        whole batch.
+      UserError: a folder belongs to another experiment, the batch does not divide over the mesh, a validation part has no
+        whole batch, or there is no room for what is to be saved.
       Damaged: a saved state that it would go on from, or a checkpoint, is not what was saved.
       Stopped: `stop` was requested.
     """
     for member in cohort:
         check(member.experiment, member.store, settings, devices)
     steps, kept = cohort[0].experiment.steps, cohort[0].experiment.kept_steps(settings.checkpoints)
-    begun = processes.led(lambda: _begun(cohort, kept))
-    active = [member for member, missing in zip(cohort, begun["missing"], strict=True) if missing]
-    missing = [steps for steps in begun["missing"] if steps]
+    start = processes.led(lambda: begun(cohort, kept, restarts))
+    active = [member for member, missing in zip(cohort, start["missing"], strict=True) if missing]
     there = [member for member in cohort if member not in active]
     if there:
         advance(steps * len(there))
     if not active:
         return 0
-    last: int = max(max(steps) for steps in missing)
-    with (
-        nullcontext() if stop is None else stop.deferred(),
-        _Trainer(active, settings, devices, stop) as trainer,
-    ):
-        first = trainer.begin(begun["start"], missing)
-        advance(first * len(active))
-        with Pace(say, active[0].experiment, active[0].store.tokenizer.padded_size, len(active), devices) as pace:
-            for step in range(first, last):
-                trainer.advance()
-                pace.step(step + 1)
-                advance(len(active))
-    whole = [*there, *(arm.member for arm in trainer.arms if arm.failure is None)]
-    processes.led(lambda: _finish(whole))
-    if failures := [arm.failure for arm in trainer.arms if arm.failure is not None]:
-        raise Failed("; ".join(failures), agreed=True)
-    if stop is not None and stop.requested:  # while the last of it was saved
-        raise Stopped(f"{_called(active)} finished; the same command goes on from here")
-    advance((steps - last) * len(active))
-    return (last - first) * len(active)
-
-
-def _finish(members: Sequence[Member]) -> None:
-    for member in members:
-        member.run.finish(member.identity)
-
-
-def _key(cohort: Sequence[Member]) -> list[str]:
-    """What a restart state is known by."""
-    return [member.identity.fingerprint for member in cohort]
-
-
-def _begun(cohort: Sequence[Member], kept: list[int]) -> dict[str, Any]:
-    """The kept steps that each arm lacks, and the saved state to start from: its step, its folder's name and its records."""
-    for member in cohort:
-        member.run.claim(member.experiment, member.identity)
-    missing = [member.run.missing(kept) for member in cohort]
-    lacks = {member.identity.fingerprint: steps[0] for member, steps in zip(cohort, missing, strict=True) if steps}
-    if not lacks:
-        _finish(cohort)  # a process killed after the last checkpoint has not
-        return {"missing": missing, "start": None}
-    active = [member for member in cohort if member.identity.fingerprint in lacks]
-    there = set.intersection(*(set(checkpoint.steps(member.run.checkpoints)) for member in active))
-    saved = max((step for step in there if step < min(lacks.values())), default=None)
-    restart: tuple[int, int] | None = None  # the step, and whose folder it is in
-    for owner, member in enumerate(cohort):
-        for step in checkpoint.steps(member.run.restart):
-            record = checkpoint.record(member.run.restart, step)
-            if _goes_on(record, lacks):
-                restart = max((step, owner), restart or (step, owner))
-            else:
-                # Of other arms that were trained together; or of a training that went further than a checkpoint that is lost.
-                checkpoint.remove(member.run.restart, step)
-    if restart is not None and (saved is None or restart[0] > saved):
-        step, owner = restart
-        place = cohort[owner].run.restart
-        checkpoint.verify(place, step)
-        start = {"step": step, "restart": checkpoint.record(place, step), "folder": str(place)}
-        return {"missing": missing, "start": start}
-    if saved is None:
-        return {"missing": missing, "start": None}
-    for member in active:
-        checkpoint.verify(member.run.checkpoints, saved)
-        owner, expected = checkpoint.record(member.run.checkpoints, saved)["fingerprint"], member.identity.fingerprint
-        if owner != expected:
-            state = member.run.checkpoints / str(saved)
-            raise Damaged(state, f"is a state of the experiment {owner}, expected {expected}")
-    return {"missing": missing, "start": {"step": saved, "arms": [member.run.record(saved) for member in active]}}
-
-
-def _goes_on(record: dict[str, Any], lacks: dict[str, int]) -> bool:
-    """Whether a restart state is of all arms that lack checkpoints, and before the first that one of them lacks."""
-    arms = dict(zip(record.get("cohort", ()), record.get("arms", ()), strict=True))
-    if not set(lacks) <= set(arms):
-        return False
-    # An arm that had failed by then lacks its further checkpoints for ever.
-    waiting = [step for who, step in lacks.items() if arms[who]["failure"] is None]
-    return not waiting or bool(record["step"] < min(waiting))
-
-
-class _Arm:
-    """One arm under way: its batches, its files, and what its next checkpoint will say of the steps so far."""
-
-    def __init__(self, member: Member, settings: Run, conditions: dict[str, Any]) -> None:
-        self.member, self.settings, self.numerics = member, settings, conditions
-        experiment, data = member.experiment, member.experiment.data
-        self.pool = member.store.windows(data.seq_len, data.windows)
-        self.validation = _validation(member.store, experiment, settings)
-        self.order = Order(data.windows, data.batch, experiment.seeds.order)
-        self.numbers = optim.hyperparameters(experiment.optimiser, experiment.steps)
-        rate = optim.schedule(self.numbers, experiment.optimiser.schedule, experiment.steps)
-        self.rate_N = np.asarray(rate(np.arange(experiment.steps)))  # at once: asked for one by one, each would wait for a step
-        self.checkpoints = Checkpoints(member.run.checkpoints)
-        self.failure: str | None = None
-        self.log: MetricsLog | None = None
-
-    def begin(self, record: dict[str, Any] | None, missing: list[int]) -> None:
-        """Takes up what a record says, or nothing: before step 0."""
-        self.missing = missing
-        self.fed: str = self.member.identity.inputs["pool"]
-        self.init_hash: str | None = None
-        self.parent: dict[str, Any] | None = None
-        self.early: dict[str, str] = {}
-        self.before: list[dict[str, Any]] = []
-        self.skipped: list[int] = []
-        if record is not None:
-            self.fed, self.init_hash, self.parent = record["order_hash"], record["init_hash"], record["parent"]
-            if "weights" in record:
-                self.parent = {"step": record["step"], "weights": record["weights"]}
-            self.early, self.skipped, self.before = dict(record["early"]), list(record["skipped"]), list(record["before"])
-            self.failure = record.get("failure")
-            if record["numerics"] != self.numerics:
-                self.before.append({"until": record["step"], "numerics": record["numerics"]})
-
-    def open_log(self, after: int) -> None:
-        """Goes on with the log of the training, after a step; before step 0 after -1."""
-        path, until = self.member.run.metrics, max(self.missing, default=-1)
-        logs: list[MetricsLog] = []  # of the first process alone
-        if self.missing:
-            processes.led(lambda: logs.append(MetricsLog(path, after, until, self.settings.tensorboard)))
-        self.log = logs[0] if logs else None
-
-    def batch(self, step: int) -> np.ndarray:
-        """The windows of the next step, which count as fed."""
-        rows_B = self.order.rows(step)
-        self.fed = order_hash(self.fed, rows_B)
-        return self.pool.rows(rows_B)
-
-    def look(self, step: int, values: dict[str, float]) -> None:
-        """Takes note of the loss and the norm of the gradient before the update of `step`."""
-        if self.failure is not None:
-            return
-        good = {name: value for name, value in values.items() if math.isfinite(value)}
-        if len(good) < len(values):
-            self._not_finite(step, values)
-        if self.log is not None and self.failure is None and step % self.settings.log_every == 0 and step <= self.missing[-1]:
-            self.log.write(step, **good, learning_rate=float(self.rate_N[step - 1 - len(self.skipped)]))
-
-    def _not_finite(self, step: int, values: dict[str, float]) -> None:
-        if self.member.experiment.optimiser.nonfinite == "skip":
-            self.skipped.append(step)
-            if self.skipped[-SKIPS:] != list(range(step - SKIPS + 1, step + 1)):
-                return
-        what, value = next((name, value) for name, value in values.items() if not math.isfinite(value))
-        self._give_up(step, what.replace("_", " "), value)
-
-    def _give_up(self, step: int, what: str, value: float) -> None:
-        good = "none" if self.parent is None else self.parent["step"]
-        skipped = f", after {SKIPS} skipped steps" if len(self.skipped) >= SKIPS else ""
-        self.failure = (
-            f"arm {self.member.name}: {what} {value} at step {step}{skipped}, last good checkpoint {good} in "
-            f"{self.member.run.folder}: lower experiment.optimiser.learning_rate"
-        )
-
-    def record(self, step: int) -> dict[str, Any]:
-        """What is true of the arm at `step`."""
-        data = self.member.experiment.data
-        return {
-            "fingerprint": self.member.identity.fingerprint,
-            "step": step,
-            "tokens": step * data.batch * data.seq_len,
-            "init_hash": self.init_hash,
-            "order_hash": self.fed,
-            "early": dict(self.early),
-            "skipped": list(self.skipped),
-            "parent": self.parent,
-            "numerics": self.numerics,
-            "before": list(self.before),  # the numerics records of earlier stretches of training, and where each ended
-            "code": code(),
-        }
-
-    def keep(self, step: int, state: State, val_loss: float) -> None:
-        """Saves its checkpoint of `step`, if it lacks that."""
-        weights = weight_hash(state.params)
-        self.init_hash = self.init_hash or weights
-        if step not in self.missing:
-            # One that is there already is what later ones descend from, if it is the same.
-            there = processes.led(lambda: self.member.run.record(step))
-            if self.log is not None:
-                self.log.write(step, val_loss=there["val_loss"])
-            if there["weights"] == weights:
-                self.parent = {"step": step, "weights": weights}
-            return
-        if not math.isfinite(val_loss):  # the last update may have spoiled the weights
-            self._give_up(step, "validation loss", val_loss)
-            return
-        if self.log is not None:  # first: a process killed between the two drops this line and writes it again
-            self.log.write(step, val_loss=val_loss)
-        self.checkpoints.save(step, *state, {**self.record(step), "weights": weights, "val_loss": val_loss})
-        self.parent = {"step": step, "weights": weights}
+    with nullcontext() if stop is None else stop.deferred():
+        with _Trainer(active, restarts, settings, devices, stop) as trainer:
+            first = trainer.begin(start["start"], [missing for missing in start["missing"] if missing])
+            advance(first * len(active))
+            with Pace(say, active[0].experiment, active[0].store.tokenizer.padded_size, len(active), devices) as pace:
+                while trainer.wanted:
+                    trainer.advance()
+                    pace.step(trainer.step)
+                    advance(len(active))
+        failed = [arm for arm in trainer.arms if arm.failure is not None]
+        whole = [*there, *(arm.member for arm in trainer.arms if arm not in failed)]
+        processes.led(lambda: finish(whole, restarts))
+        if failed:  # tried again, they go on from their checkpoints
+            processes.led(lambda: restart.release(restarts, fingerprints([arm.member for arm in failed])))
+            raise Failed("; ".join(str(arm.failure) for arm in failed), agreed=True)
+        if stop is not None and processes.most(stop.requested):  # while the last of it was saved
+            raise Stopped(f"{called(active)} finished; the same command goes on from here")
+    advance((steps - trainer.step) * len(active))
+    return (trainer.step - first) * len(active)
 
 
 class _Trainer:
     """A cohort under way. A context manager."""
 
-    def __init__(self, cohort: Sequence[Member], settings: Run, devices: jax.sharding.Mesh, stop: Stop | None) -> None:
-        self.cohort, self.settings, self.stop = cohort, settings, stop
+    def __init__(
+        self, cohort: Sequence[Member], restarts: Path, settings: Run, devices: jax.sharding.Mesh, stop: Stop | None
+    ) -> None:
+        self.cohort, self.restarts_root, self.settings, self.stop = cohort, restarts, settings, stop
         base = cohort[0]
         self.program = program_of(base.experiment, base.store, devices, settings, len(cohort))
         self.rows, self.signals = mesh.batch_sharding(devices), _signals(devices)
         said = conditions(base.experiment, settings, devices, len(cohort))
-        self.arms = [_Arm(member, settings, said) for member in cohort]
+        self.arms = [Underway(member, settings, said) for member in cohort]
         self.numbers = laid(self.program, [arm.numbers for arm in self.arms])
-        self.restarts = Checkpoints(base.run.restart, keep=settings.restarts)
+        self.stores = [arm.checkpoints for arm in self.arms]
         self.saved_at = time.monotonic()
         self.late: tuple[int, dict[str, jax.Array]] | None = None
-
-    @property
-    def _stores(self) -> list[Checkpoints]:
-        return [*(arm.checkpoints for arm in self.arms), self.restarts]
 
     def __enter__(self) -> "_Trainer":
         return self
 
     def __exit__(self, *failure: Any) -> None:
         with ExitStack() as each:
-            for store in reversed(self._stores):
+            for store in reversed(self.stores):
                 each.callback(store.__exit__, *failure)
 
     def begin(self, start: dict[str, Any] | None, missing: list[list[int]]) -> int:
@@ -382,7 +157,6 @@ class _Trainer:
             records = start["arms"]
         for arm, record, lacks in zip(self.arms, records, missing, strict=True):
             arm.begin(record, lacks)
-        self._check_some_left()
         self.kept = {step for lacks in missing for step in lacks}
         if start is None:
             seeds = [(arm.member.experiment.seeds.init, arm.member.experiment.perturb) for arm in self.arms]
@@ -391,37 +165,55 @@ class _Trainer:
             self.state = self._restarted(start["restart"], Path(start["folder"]))
         else:
             self.state = self.program.stack([partial(self._kept, arm.member, start["step"]) for arm in self.arms])
+        processes.led(self._reopen)
+        self.restarts = Checkpoints(restart.folder(self.restarts_root, fingerprints(self.cohort)), keep=self.settings.restarts)
+        self.stores.append(self.restarts)
         for arm in self.arms:  # once there is a state to go on from
-            arm.open_log(-1 if start is None else self.step)
+            arm.open_log(None if start is None else self.step)
         if start is None:
             self._keep()
         return self.step
+
+    def _reopen(self) -> None:
+        restart.claim(self.restarts_root, fingerprints(self.cohort), after=self.step)
+        for arm in self.arms:
+            arm.member.run.reopen()
 
     def _kept(self, member: Member, step: int) -> State:
         """The state of an arm's own checkpoint."""
         like = self.program.one
         state = State(*checkpoint.restore(member.run.checkpoints, step, like.params, like.optimiser))
-        expected = processes.led(lambda: member.run.record(step)["weights"])
-        if (got := weight_hash(state.params)) != expected:
-            place = member.run.checkpoints / str(step)
-            raise Damaged(place, f"is damaged: its weights have sha256 {got}, expected {expected}", agreed=True)
+        _check_weights(state.params, member.run, step)
         return state
 
     def _places(self, record: dict[str, Any]) -> list[int]:
         """Where the arms stand in a restart state."""
-        return [record["cohort"].index(who) for who in _key(self.cohort)]
+        return [record["cohort"].index(who) for who in fingerprints(self.cohort)]
 
     def _restarted(self, record: dict[str, Any], folder: Path) -> State:
         """The state of the cohort, whatever places its arms had where it was saved."""
         like = self.program.saved(record["replicas"])
-        saved = State(*checkpoint.restore(folder, record["step"], like.params, like.optimiser))
+        try:
+            saved = State(*checkpoint.restore(folder, record["step"], like.params, like.optimiser))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"{folder / str(record['step'])} of {len(record['cohort'])} arms does not fit the memory of these devices: "
+                "train on those that it was saved on, or move it away to go on from the kept checkpoints"
+            ) from None
         return self.program.fitted(saved, self._places(record))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any arm wants a further step."""
+        return any(arm.wants(self.step + 1) for arm in self.arms)
 
     def advance(self) -> None:
         """One step of every arm, and what is to be saved after it.
 
         Raises:
-          UserError: no arm is left whose numbers are finite.
+          UserError: there is no room for what is to be saved.
           Stopped: a process was asked to stop.
         """
         batches = [arm.batch(self.step) for arm in self.arms]
@@ -439,17 +231,19 @@ class _Trainer:
                 arm.early[str(self.step)] = weight_hash(self.program.take(self.state.params, place))
         if due:
             self._keep()
-        if asked and (not due or any(arm.failure for arm in self.arms)):
-            record = {"step": self.step, "cohort": _key(self.cohort), "replicas": self.program.replicas}
+        if asked and self.wanted and (not due or any(arm.failure for arm in self.arms)):
+            record = {"step": self.step, "cohort": fingerprints(self.cohort), "replicas": self.program.replicas}
             arms = [{**arm.record(self.step), "failure": arm.failure} for arm in self.arms]
+            for store in self.stores:  # else what is still being written would count as room
+                store.settle(wait=True)
             self.restarts.save(self.step, *self.state, {**record, "arms": arms})
         if asked or (due and not any(arm.failure for arm in self.arms)):  # what a killed cohort would go on from
             self.saved_at = time.monotonic()
-        if asked == _STOP:
-            for store in self._stores:
+        if asked == _STOP and self.wanted:
+            for store in self.stores:
                 store.settle(wait=True)
-            raise Stopped(f"{_called(self.cohort)} saved at step {self.step}; the same command goes on from here")
-        for store in self._stores:
+            raise Stopped(f"{called(self.cohort)} saved at step {self.step}; the same command goes on from here")
+        for store in self.stores:
             store.settle()
 
     def _asks(self) -> int:
@@ -467,15 +261,12 @@ class _Trainer:
         values = {name: processes.gathered(metrics[name]) for name in ("loss", "gradient_norm")}
         for place, arm in enumerate(self.arms):
             arm.look(step, {name: float(value_K[place]) for name, value_K in values.items()})
-        self._check_some_left()
         return int(metrics["asked"])
 
-    def _check_some_left(self) -> None:
-        failures = [arm.failure for arm in self.arms]
-        if all(failures):
-            raise Failed("; ".join(map(str, failures)), agreed=True)
-
     def _keep(self) -> None:
+        kept = [place for place, arm in enumerate(self.arms) if arm.wants(self.step)]
+        if not kept:
+            return
         losses: list[list[float]] = [[] for _ in self.arms]
         for number in range(max(len(arm.validation) for arm in self.arms)):
             batches = [arm.validation[min(number, len(arm.validation) - 1)] for arm in self.arms]
@@ -484,7 +275,6 @@ class _Trainer:
             for place, arm in enumerate(self.arms):
                 if number < len(arm.validation):  # of other text there may be more
                     losses[place].append(float(found_K[place]))
-        kept = [place for place, arm in enumerate(self.arms) if arm.failure is None and self.step <= arm.missing[-1]]
         saved = [place for place in kept if self.step in self.arms[place].missing]
         for place in saved:  # else what is still being written would count as room
             self.arms[place].checkpoints.settle(wait=True)
@@ -494,7 +284,6 @@ class _Trainer:
         for place in kept:
             val_loss = math.fsum(losses[place]) / len(losses[place])
             self.arms[place].keep(self.step, self.program.take(self.state, place), val_loss)
-        self._check_some_left()
 
 
 def laid(program: Program, numbers: Sequence[Hyperparameters]) -> Hyperparameters:
@@ -555,16 +344,4 @@ def check(experiment: Experiment, store: Store, settings: Run, devices: jax.shar
     mesh.check_params(specs, devices)
     if experiment.perturb is not None:
         params.check_perturb({path: spec.shape for path, spec in specs.items()}, experiment.perturb)
-    _validation(store, experiment, settings)
-
-
-def _validation(store: Store, experiment: Experiment, settings: Run) -> list[np.ndarray]:
-    """Whole batches of validation windows."""
-    batch, seq_len = experiment.data.batch, experiment.data.seq_len
-    windows = store.validation_windows(seq_len, max(settings.validation_windows, batch))
-    if len(windows) < batch:
-        raise UserError(
-            f"the validation documents hold {len(windows)} windows of {seq_len + 1} tokens, expected a batch of {batch}: "
-            "raise experiment.corpus.validation_fraction or lower experiment.data.batch"
-        )
-    return np.split(windows[: len(windows) // batch * batch], len(windows) // batch)
+    validation_batches(store, experiment, settings)

@@ -6,6 +6,7 @@ to one command at a time. Must not know how a stage does its work.
     OUT/data/                    what our TFDS builders prepared
     OUT/corpora/<hash>/          token stores
     OUT/runs/<fingerprint>/      one experiment each, shared by all studies below OUT
+    OUT/restart/<arms>/          what stopped or killed trainings go on from, whatever study they are of
     OUT/studies/<name>/          study.json, arms.json, draws/, attribution.json, timings.json, report/
 """
 
@@ -147,6 +148,11 @@ class Workspace:
         """The run of an arm."""
         return RunFolder(self.out / "runs" / self.identities[arm].short)
 
+    @property
+    def restarts(self) -> Path:
+        """The folder of what stopped or killed trainings go on from, of all studies."""
+        return self.out / "restart"
+
     def kept(self, arm: Arm) -> list[int]:
         """The steps whose checkpoints an arm keeps."""
         return arm.experiment.kept_steps(self.study.kept_fractions)
@@ -157,7 +163,7 @@ class Workspace:
             self.run_of(arm).check_owner(identity)
 
     def check_trained(self) -> None:
-        """Raises a UserError if an arm lacks a checkpoint, or its run is another experiment's; Damaged if one is not whole."""
+        """Raises a UserError if an arm lacks a checkpoint, or its run is another experiment's."""
         self.check_owners()
         for arm in self.arms.values():
             if missing := self.run_of(arm.id).missing(self.kept(arm)):

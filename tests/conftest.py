@@ -15,9 +15,10 @@ from natfp_jax import config, mesh
 from natfp_jax.config import Corpus, Data, Experiment, Model, Run, Stories
 from natfp_jax.corpus import prepare
 from natfp_jax.lineage import identity
+from natfp_jax.member import Member
 from natfp_jax.progress import Progress
 from natfp_jax.runs import RunFolder
-from natfp_jax.train import Member, train
+from natfp_jax.train import train
 
 jax.config.update("jax_legacy_prng_key", "error")
 
@@ -64,7 +65,7 @@ def train_arm(tiny_store, one_device):
         who = identity(experiment, store.sha256, store.tokenizer.sha256, pool)
         run = RunFolder(folder)
         chosen = Run(**{"log_every": 2, "validation_windows": 16, **settings})
-        train([Member(name, experiment, who, store, run)], chosen, devices, advance, stop)
+        train([Member(name, experiment, who, store, run)], folder / "restart", chosen, devices, advance, stop)
         return run
 
     return trained

@@ -8,13 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from natfp_jax import blocks, checkpoint, config, mesh, optim, params, program
+from natfp_jax import blocks, checkpoint, config, mesh, optim, params, program, restart
+from natfp_jax.cohort import fingerprints, fitting
 from natfp_jax.config import Run, replace
-from natfp_jax.errors import Stopped, UserError
+from natfp_jax.errors import Failed, Stopped, UserError
 from natfp_jax.lineage import identity
+from natfp_jax.member import Member
 from natfp_jax.runs import RunFolder
 from natfp_jax.stopping import Stop
-from natfp_jax.train import Member, fitting, laid, load_params, quiet, train
+from natfp_jax.train import laid, load_params, quiet, train
 
 KEPT = (0.25, 0.5)
 STEPS = (0, 4, 8, 16)
@@ -51,7 +53,7 @@ def members(tiny, tiny_store):
 
 def trained(cohort, devices, advance=lambda steps: None, stop=None, **settings):
     chosen = Run(**{"log_every": 2, "validation_windows": 16, "checkpoints": KEPT, **settings})
-    train(cohort, chosen, devices, advance, stop)
+    train(cohort, cohort[0].run.folder.parent / "restart", chosen, devices, advance, stop)
 
 
 @pytest.fixture(scope="session")
@@ -182,6 +184,15 @@ def test_batched_replicas_are_close_to_their_solo_runs(count, members, alone, ti
             np.testing.assert_allclose(ours[path], leaf, rtol=0, atol=2e-4, err_msg=path)
 
 
+@pytest.mark.parametrize(
+    ("count", "wished", "sizes"), [(6, 4, [2, 4]), (6, 5, [2, 4]), (5, None, [5]), (5, 4, [2, 3]), (3, 1, [1, 1, 1])]
+)
+def test_cohorts_leave_no_more_places_empty_than_must_be(count, wished, sizes, members, tmp_path):
+    pair = mesh.make(config.Mesh(replica=2), jax.devices()[:2])
+    cut = list(fitting(members(tmp_path, range(count)), Run(cohort=wished), pair, print))
+    assert list(map(len, cut)) == sizes
+
+
 # --- stopped, resumed, grouped otherwise ------------------------------------------------------------------------------
 
 
@@ -195,7 +206,8 @@ def stopped(cohort, devices, step=10):
 
     with pytest.raises(Stopped):
         trained(cohort, devices, advance, stop)
-    (saved,) = checkpoint.steps(cohort[0].run.restart)
+    place = restart.folder(cohort[0].run.folder.parent / "restart", fingerprints(cohort))
+    (saved,) = checkpoint.steps(place)
     assert step < saved < step + 3
     return saved
 
@@ -220,17 +232,40 @@ def test_a_cohort_that_is_stopped_at_every_step_ends_with_the_bits_of_solo_runs(
     assert len(said) == 9
     for place, member in zip([0, 1, 5], cohort, strict=True):
         assert everything(member.run) == everything(RunFolder(alone / str(place)))
-        assert not member.run.restart.exists()
+    assert not list((tmp_path / "restart").iterdir())
 
 
 @pytest.mark.parametrize("groups", [[[0], [1], [5]], [[5, 1, 0]], [[1, 5], [0]], [[0, 1, 5]], [[0, 1, 5, 2]]])
 def test_a_cohort_that_was_stopped_goes_on_in_other_groups(groups, members, alone, one_device, tmp_path):
-    stopped(members(tmp_path, [0, 1, 5]), one_device)
+    saved = stopped(members(tmp_path, [0, 1, 5]), one_device)
     for places in groups:
-        trained(members(tmp_path, places), one_device)
+        first = []
+        trained(members(tmp_path, places), one_device, first.append)
+        assert first[0] == (0 if 2 in places else saved * len(places))  # arm 2 was not there
     for place in (0, 1, 5):
         assert everything(RunFolder(tmp_path / str(place))) == everything(RunFolder(alone / str(place)))
-        assert not (tmp_path / str(place) / "restart").exists()
+    assert not list((tmp_path / "restart").iterdir())
+
+
+def test_states_of_other_groups_do_not_stand_in_the_way(members, alone, one_device, tmp_path):
+    """Arm 0 starts anew beside arm 2 while its older, further state waits for arm 1; each group is killed again on its way."""
+    further = stopped(members(tmp_path, [0, 1]), one_device)
+    for minutes in (1e-9, 10):
+        stop, done = Stop(), []
+
+        def advance(steps, stop=stop, done=done):
+            done.append(steps)
+            stop.requested = sum(done) >= 2 * 6
+
+        with pytest.raises(Stopped):
+            trained(members(tmp_path, [0, 2]), one_device, advance, stop, save_minutes=minutes)
+    for places, least in ([1], further), ([0, 2], 2 * 6):
+        first = []
+        trained(members(tmp_path, places), one_device, first.append)
+        assert first[0] >= least
+    for place in (0, 1, 2):
+        assert everything(RunFolder(tmp_path / str(place))) == everything(RunFolder(alone / str(place)))
+    assert not list((tmp_path / "restart").iterdir())
 
 
 def test_an_arm_that_lacks_more_than_its_companions_catches_up_with_them(members, alone, one_device, tmp_path):
@@ -255,7 +290,7 @@ def test_what_is_left_of_a_stopped_cohort_goes_on_from_where_it_was(finished, me
     assert first[: 1 + bool(finished)] == [16 * len(finished)] * bool(finished) + [saved * (3 - len(finished))]
     for place in (0, 1, 5):
         assert everything(RunFolder(tmp_path / str(place))) == everything(RunFolder(alone / str(place)))
-        assert not (tmp_path / str(place) / "restart").exists()
+    assert not list((tmp_path / "restart").iterdir())
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
@@ -270,6 +305,32 @@ def test_a_restart_state_is_taken_up_on_another_number_of_devices(before, after,
         assert weights(member.run) == weights(RunFolder(alone / str(place)))
         (stretch,) = member.run.record(16)["before"]
         assert (stretch["until"], stretch["numerics"]["mesh"]["replica"]) == (saved, before)
+
+
+def test_a_state_that_does_not_descend_from_what_is_there_is_not_used(members, one_device, tmp_path):
+    """Checkpoint 8 of arm 0 was lost after the state of both, and made again on another mesh, where sums have another order."""
+    pair = members(tmp_path, [0, 1])
+    stopped(pair, one_device)
+    weights_8 = pair[0].run.record(8)["weights"]
+    checkpoint.remove(pair[0].run.checkpoints, 8)
+    stopped(pair[:1], mesh.make(config.Mesh(fsdp=2, tensor=2), jax.devices()[:4]), step=8)
+    assert pair[0].run.record(8)["weights"] != weights_8
+    first = []
+    trained(pair, one_device, first.append)
+    assert first[0] == 8 * 2
+    for member in pair:
+        assert member.run.record(16)["parent"] == {"step": 8, "weights": member.run.record(8)["weights"]}
+
+
+def test_a_log_stands_while_companions_catch_up(members, alone, one_device, tmp_path):
+    """Arm 0 is trained from step 4 again beside arm 1, and alone after that is stopped."""
+    trained(members(tmp_path, [0, 1]), one_device)
+    for place, step in [(0, 16), (1, 16), (1, 8)]:
+        checkpoint.remove(tmp_path / str(place) / "checkpoints", step)
+    stopped(members(tmp_path, [0, 1]), one_device, step=5)
+    shutil.rmtree(tmp_path / "restart")
+    trained(members(tmp_path, [0]), one_device)
+    assert everything(RunFolder(tmp_path / "0")) == everything(RunFolder(alone / "0"))
 
 
 # --- what ends one arm ------------------------------------------------------------------------------------------------
@@ -295,6 +356,21 @@ def test_an_arm_that_failed_holds_nobody_back(members, alone, tiny, one_device, 
         trained(cohort, one_device, first.append)
     assert first[0] == saved * 2 > 8 * 2
     assert everything(cohort[0].run) == everything(RunFolder(alone / "0"))
+
+
+def test_an_arm_that_has_all_is_finished_though_its_last_companion_fails(members, alone, tiny, one_device, tmp_path):
+    """It lacked step 4 alone, and no more is trained than that."""
+    (arm,), (wild,) = members(tmp_path, [0]), members(tmp_path, [2], replace(tiny, "optimiser.learning_rate", 1e30))
+    trained([arm], one_device)
+    checkpoint.remove(arm.run.checkpoints, 4)
+    done = []
+    with pytest.raises(Failed) as failed:
+        trained([wild, arm], one_device, done.append)
+    assert str(failed.value).count("gradient norm") == 1
+    assert sum(done) == 2 * 4
+    assert arm.run.complete(list(STEPS))
+    assert everything(arm.run) == everything(RunFolder(alone / "0"))
+    assert not list((tmp_path / "restart").iterdir())
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 
 from natfp_jax import checkpoint, config, files
 from natfp_jax.config import Corpus, Data, Experiment, Factor, Model, Run, Stories, Study
+from tests.soak import meshes
 
 STUDY = Study(
     name="full",
@@ -74,7 +75,7 @@ def test_a_disk_that_is_full_while_saving(study, tmp_path):
         done = natfp("train", study, "--out", out)
         assert done.returncode == 2
         lines = done.stderr.splitlines()
-        assert lines[-1].startswith("natfp: No space left on device: what is saved takes ")
+        assert ": No space left on device: what is saved takes " in lines[-1]
         assert lines[-1].endswith("make room or give another --out, then run the same command again")
         assert "Traceback" not in done.stderr
         assert 0 < whole(out) < 10
@@ -84,6 +85,29 @@ def test_a_disk_that_is_full_while_saving(study, tmp_path):
         assert "damaged" not in done.stderr
         assert whole(out) == 10
         assert weights(out) == weights(tmp_path / "roomy")
+
+
+def test_processes_that_find_a_disk_full_end_together(study, tmp_path):
+    """The first of them alone looks, and none is left to wait for it."""
+    with disk(tmp_path / "small", 24 << 20):
+        out, port = tmp_path / "small" / "out", meshes.free_port()
+        command = [Path(sys.executable).with_name("natfp"), "train", study, "--out", out]
+        pair = [
+            subprocess.Popen(
+                [*map(str, command), *meshes.command(f"localhost:{port}", 2, place)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=meshes.environment(1),
+            )
+            for place in range(2)
+        ]
+        (code, _, errors), (other_code, _, other_errors) = meshes.finished(pair, 100)
+        assert (code, other_code) == (2, 2), errors + other_errors
+        said = [line for line in (errors + other_errors).splitlines() if line.startswith("natfp: ")]
+        assert len(said) == 1
+        assert ": No space left on device: what is saved takes " in said[0]
+        assert 0 < whole(out) < 10
 
 
 UNSAVED = """

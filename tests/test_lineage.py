@@ -122,7 +122,7 @@ def test_the_files_of_a_run_hold_its_identity_and_records(tiny, tiny_store, tiny
         "metrics": {"lines": log.count(b"\n"), "sha256": hashlib.sha256(log).hexdigest()},
     }
     assert tiny_run.records() == [tiny_run.record(step) for step in (0, 4, 8, 16)]
-    assert not tiny_run.restart.exists()  # of no use any more
+    assert not list((tiny_run.folder / "restart").iterdir())  # of no use any more
 
 
 def test_the_code_is_that_of_all_source_files(tmp_path, monkeypatch):

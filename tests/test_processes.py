@@ -79,6 +79,7 @@ def calls(path):
     laid = mesh.lay(np.arange(4.0), spread)
     found["own"] = [float(value) for shard in laid.addressable_shards for value in shard.data]
     found["gathered"] = processes.gathered({"a": laid, "b": 3})["a"].tolist()
+    found["most"] = processes.most(3 + mine)
     return {**found, "done": done, "first": processes.first(), "many": processes.many()}
 
 
@@ -192,6 +193,7 @@ def test_the_first_process_does_and_all_know(tmp_path):
     assert first["differs"]["line"].startswith(f"{differs}bb and b; ")
     assert first["lacks"]["line"].startswith(f"{differs}None and b; ")
     assert first["differs"]["agreed"]
+    assert first["most"] == 4
     assert first["gathered"] == [0.0, 1.0, 2.0, 3.0]
 
 
@@ -288,7 +290,7 @@ def test_processes_that_are_stopped_and_killed_end_with_the_bits_of_untouched_on
     pair[1].send_signal(signal.SIGTERM)
     (code, _, errors), (other_code, _, other_errors) = meshes.finished(pair, 60)
     assert (code, other_code) == (75, 75), errors + other_errors
-    (manifest,) = out.glob("runs/*/restart/*/manifest.json")
+    (manifest,) = out.glob("restart/*/*/manifest.json")
     saved = json.loads(manifest.read_text())["record"]["step"]
     assert 6 <= saved < 60
     assert said(errors) == [f"natfp: arms init0, init1 are saved at step {saved}; the same command goes on from here"]

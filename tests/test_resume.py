@@ -25,10 +25,11 @@ from natfp_jax.corpus import prepare
 from natfp_jax.errors import Damaged, Stopped, UserError
 from natfp_jax.lineage import identity
 from natfp_jax.lock import alone, held
+from natfp_jax.member import Member
 from natfp_jax.progress import Progress
 from natfp_jax.runs import MetricsLog, RunFolder, metrics
 from natfp_jax.stopping import STOPPED, Stop
-from natfp_jax.train import Member, train
+from natfp_jax.train import train
 
 CORPUS = Corpus(source=Stories(count=400), vocabulary=300, validation_fraction=0.1, prompt_fraction=0.1, shards=2)
 EXPERIMENT = Experiment(model=Model(width=32, layers=2, heads=4), data=Data(seq_len=32, windows=160, epochs=3, batch=8))
@@ -56,7 +57,7 @@ def work(root, folder, minutes, wait):
             done = 0
             try:
                 arm = Member("arm", EXPERIMENT, who, store, RunFolder(folder))
-                train([arm], settings, mesh.make(config.Mesh()), advance, stop)
+                train([arm], folder / "restart", settings, mesh.make(config.Mesh()), advance, stop)
             except Damaged as damage:
                 files.set_aside(damage.path)
             except Stopped as stopped:
@@ -163,6 +164,11 @@ def cuts(monkeypatch):
     return cuts
 
 
+def restarts(folder):
+    """The steps of the restart states."""
+    return [step for place in (folder / "restart").iterdir() for step in checkpoint.steps(place)]
+
+
 @pytest.mark.parametrize("minutes", [10, 1e-9])
 def test_a_run_that_is_cut_at_any_write_ends_with_the_bits_of_an_untouched_one(minutes, cuts, tiny, train_arm, tmp_path):
     settings = {"log_every": 4, "checkpoints": (0.5,), "save_minutes": minutes}
@@ -186,7 +192,7 @@ def test_a_run_that_is_cut_at_any_write_ends_with_the_bits_of_an_untouched_one(m
                 files.set_aside(damage.path)
         first.append(16 - advanced.count(1) if 1 in advanced else 16)
         assert everything(run, (0, 8, 16)) == whole, f"cut before write {last}"
-        assert not run.restart.exists()
+        assert not list((folder / "restart").iterdir())
     assert first == sorted(first)
     if minutes > 1:  # it was cut where it should be, and no more was trained again than had to be
         assert written == [0] * 3 + [1] * 5 + [2] * 5 + [3] * 2
@@ -210,7 +216,7 @@ def test_a_run_that_is_stopped_goes_on_from_the_step_that_was_under_way(number, 
     assert "Traceback" not in errors
     assert steps[-1] < 50
     run = RunFolder(tmp_path / "stopped")
-    saved = checkpoint.steps(run.restart) + checkpoint.steps(run.checkpoints)
+    saved = restarts(run.folder) + checkpoint.steps(run.checkpoints)
     assert max(saved) == steps[-1] + 1
     process = started(root, tmp_path / "stopped", minutes=10)
     assert int(next(process.stdout)) == steps[-1] + 1
@@ -218,7 +224,7 @@ def test_a_run_that_is_stopped_goes_on_from_the_step_that_was_under_way(number, 
     finished(started(root, tmp_path / "untouched", minutes=10))
     kept = (0, 6, 18, 30, 42, 54, 60)
     assert everything(run, kept) == everything(RunFolder(tmp_path / "untouched"), kept)
-    assert not run.restart.exists()
+    assert not list((run.folder / "restart").iterdir())
 
 
 def test_a_stop_is_answered_within_two_steps_and_costs_no_bit(tiny, tiny_run, train_arm, tmp_path):
@@ -235,13 +241,12 @@ def test_a_stop_is_answered_within_two_steps_and_costs_no_bit(tiny, tiny_run, tr
             run = train_arm(tiny, tmp_path / "run", checkpoints=(0.25, 0.5), stop=stop, advance=advance)
         except Stopped as stopped:
             said.append(str(stopped))
-            saved.append(
-                max(checkpoint.steps(tmp_path / "run" / "restart") + checkpoint.steps(tmp_path / "run" / "checkpoints"))
-            )
+            saved.append(max(restarts(tmp_path / "run") + checkpoint.steps(tmp_path / "run" / "checkpoints")))
         else:
             break
     assert saved == [1, 2, 4, 6, 8, 10, 12, 14, 16]  # what was asked is read once the next step is under way
-    assert said == [f"arm arm is saved at step {step}; the same command goes on from here" for step in saved]
+    where = [*(f"saved at step {step}" for step in saved[:-1]), "finished"]
+    assert said == [f"arm arm is {what}; the same command goes on from here" for what in where]
     assert everything(run, (0, 4, 8, 16)) == everything(tiny_run, (0, 4, 8, 16))
 
 

@@ -23,7 +23,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from natfp_jax import config, files, lineage, mesh, processes, stages, stats, texts
+from natfp_jax import config, files, lineage, lock, mesh, processes, stages, stats, texts
+from natfp_jax.audit import audit
 from natfp_jax.ceiling import log_likelihood
 from natfp_jax.config import Attribution, Corpus, Data, Experiment, Factor, Model, Perturb, Run, Sampling, Stories, Study
 from natfp_jax.errors import Damaged, Stopped, UserError
@@ -313,11 +314,46 @@ def test_a_cohort_that_was_stopped_finds_itself_again_when_others_are_finished(t
     study = replace(STUDY, run=replace(STUDY.run, cohort=2))
     with pytest.raises(Stopped, match=r"arms .* are saved at step 1\d; "):
         told(work(tmp_path, study), monkeypatch, 16 + 2 * 10)
-    (restart,) = tmp_path.glob("runs/*/restart")
+    (restart,) = tmp_path.glob("restart/*")
     (saved,) = [int(path.name) for path in restart.iterdir() if path.name.isdecimal()]
     assert told(work(tmp_path, study), monkeypatch, 1000)[0] == saved * 2
     everything(tmp_path, study)
     assert results(tmp_path) == results(finished)
+
+
+def test_a_study_is_done_while_another_one_asks_its_runs_for_more(copy, finished, monkeypatch):
+    """Stopped on its way to a checkpoint in the middle, the other one goes on from there whatever is done meanwhile."""
+    more = replace(STUDY, name="more", run=replace(STUDY.run, checkpoints=(0.75,)))
+    with pytest.raises(Stopped):
+        told(work(copy, more), monkeypatch, 3 * 8)
+    monkeypatch.undo()
+    (state,) = copy.glob("restart/*/[0-9]*")
+    before = tree(copy)
+    everything(copy)
+    assert tree(copy) == before
+    claims = [claim for claim in audit(copy, Progress(quiet=True)) if claim.subject.startswith("arm")]
+    assert claims
+    assert not [claim for claim in claims if claim.verdict == "false"]
+    assert "it is not finished" in {claim.detail for claim in claims}
+    assert told(work(copy, more), monkeypatch, 1000)[0] == int(state.name) * 3
+    assert not list((copy / "restart").iterdir())
+    assert all(work(copy).run_of(name).finished for name in work(copy).arms)
+
+
+def test_what_another_process_is_saving_is_no_damage(copy):
+    """A run of this study, locked, has a checkpoint that is not sealed yet."""
+    made = work(copy)
+    made.corpus()
+    run = made.run_of("init1")
+    (run.checkpoints / "8" / files.MANIFEST).unlink()
+    before = tree(copy)
+    with lock.alone(run.folder, Progress(quiet=True)):
+        with pytest.raises(UserError, match="is in use by another process"):
+            made.train()
+        with pytest.raises(UserError, match=r"arm init1 lacks the checkpoints at steps \[8\]"):
+            made.sample()
+    assert tree(copy) == before
+    assert mended(copy) == [f"runs/{run.folder.name}/checkpoints/8"]
 
 
 def test_arms_behind_one_that_fails_are_trained(tmp_path, monkeypatch):

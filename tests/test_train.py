@@ -82,7 +82,8 @@ def test_the_logged_steps_are_those_of_the_schedule(tiny, tiny_run):
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12, 14, 16]
     rate = rates(tiny)
     for line in lines:
-        assert line["learning_rate"] == float(rate(line["step"] - 1))  # of the update that made this step
+        # of the update that made this step; in float32, where the cosines of many steps at once are not those of one by one
+        assert line["learning_rate"] == pytest.approx(float(rate(line["step"] - 1)), rel=1e-6)
         assert 0 < line["gradient_norm"] < 10
     assert lines[0]["loss"] == pytest.approx(math.log(300), abs=0.3)  # close to knowing nothing of 300 ids
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
@@ -306,7 +307,7 @@ def test_a_gradient_that_is_not_finite_stops_with_arm_step_and_last_good_checkpo
     message = f"arm init0-order1: gradient norm nan at step 2, last good checkpoint {good} in {tmp_path / 'run'}"
     assert found == f"{message}: lower experiment.optimiser.learning_rate"
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "1"][: good + 1]
-    assert not list((tmp_path / "run" / "restart").glob("*"))
+    assert not list((tmp_path / "run" / "restart").iterdir())
 
 
 def failing(steps, monkeypatch, validation=()):
@@ -514,7 +515,7 @@ def test_a_state_of_another_experiment_is_not_trained_on(tiny, tiny_run, train_a
     damage = damaged(train_arm, tiny, run.folder, checkpoints=(0.25,))
     assert damage.path == run.checkpoints / "8"
     owners = [one.record(0)["fingerprint"] for one in (other, tiny_run)]
-    assert damage.why == f"is a state of the experiment {owners[0]}, expected {owners[1]}"
+    assert damage.why == f"is a checkpoint of the experiment {owners[0]}, expected {owners[1]}"
 
 
 def test_a_twin_of_nothing_is_refused_before_anything_is_trained(tiny, train_arm, tmp_path):

@@ -78,8 +78,8 @@ KINDS = (
     Kind("checkpoint: optimiser", "runs/*/checkpoints/*/optimiser/**/*"),
     Kind("checkpoint: manifest", "runs/*/checkpoints/*/manifest.json"),
     Kind("checkpoint: Orbax's own", "runs/*/checkpoints/*/_*"),
-    Kind("restart state", "runs/*/restart/*/*/**/*", state="in its training"),
-    Kind("restart state: manifest", "runs/*/restart/*/manifest.json", state="in its training"),
+    Kind("restart state", "restart/[!.]*/[0-9]*/*/**/*", state="in its training"),
+    Kind("restart state: manifest", "restart/[!.]*/[0-9]*/manifest.json", state="in its training"),
     Kind("checkpoint to go on from", "runs/*/checkpoints/*/*/**/*", state="in its first training"),
     Kind("experiment.json", "runs/*/experiment.json"),
     Kind("lineage.json", "runs/*/lineage.json"),
@@ -111,7 +111,8 @@ def small(study: Study) -> Study:
     data = replace(study.experiment.data, windows=160)
     corpus = config.replace(study.experiment.corpus, "source.count", 1500)
     experiment = replace(study.experiment, data=data, corpus=replace(corpus, prompt_fraction=0.15, validation_fraction=0.1))
-    return replace(study, experiment=experiment, factors=study.factors[:1], sampling=replace(study.sampling, prompts=120))
+    sampling, often = replace(study.sampling, prompts=120), replace(study.run, save_minutes=0.001)
+    return replace(study, experiment=experiment, factors=study.factors[:1], sampling=sampling, run=often)
 
 
 def carried_out(study: Study, out: Path) -> tuple[str, bool]:
@@ -164,7 +165,8 @@ def states(study: Study, folder: Path) -> Iterator[tuple[str, Path]]:
         return begun(out, "corpus", 0) and any(path.stat().st_size for path in out.glob("corpora/*/train-*.bin"))
 
     def restartable(out: Path) -> bool:
-        return len(list(out.glob("runs/*/restart/*/manifest.json"))) >= 2
+        ended = list(out.glob(f"runs/*/checkpoints/{study.experiment.steps}"))  # what comes before it is read no more
+        return len(list(out.glob("restart/[!.]*/[0-9]*/manifest.json"))) >= 2 and not ended
 
     def first(out: Path) -> bool:
         return bool(list(out.glob("runs/*/checkpoints/0/manifest.json"))) and not list(out.glob("runs/*/lineage.json"))
@@ -180,8 +182,8 @@ def judged(kind: Kind, study: Study, source: Path, out: Path, untouched: dict[st
     kind.prepare(out)
     candidates = [path for path in sorted(out.glob(kind.pattern)) if path.is_file() and path.stat().st_size]
     if kind.state == "in its training":  # of the run under way, the last one alone is read
-        newest = max(int(path.relative_to(out).parts[3]) for path in candidates)
-        candidates = [path for path in candidates if int(path.relative_to(out).parts[3]) == newest]
+        newest = max(int(path.relative_to(out).parts[2]) for path in candidates)
+        candidates = [path for path in candidates if int(path.relative_to(out).parts[2]) == newest]
     path = moments.choice(candidates)
     how = damaged(path, moments)
     said, whole = carried_out(study, out)

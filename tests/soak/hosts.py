@@ -183,7 +183,7 @@ def _until_saved(both: list[subprocess.Popen], out: Path, notes: Path) -> None:
 
 
 def _saved(out: Path) -> list[int]:
-    return sorted(int(path.parent.name) for path in out.glob("runs/*/restart/*/manifest.json") if path.parent.name.isdecimal())
+    return sorted(int(path.parent.name) for path in out.glob("restart/*/*/manifest.json") if path.parent.name.isdecimal())
 
 
 def _whole(both: list[subprocess.Popen], notes: Path) -> None:

@@ -44,7 +44,8 @@ def begun(out: Path, stage: str, since: float) -> bool:
     if stage == "corpus":
         return (out / "data").exists() and not arms
     if stage == "save":  # Orbax at work, or the manifest
-        steps = [path for kind in ("checkpoints", "restart") for path in runs.glob(f"*/{kind}/*") if path.is_dir()]
+        places = [*runs.glob("*/checkpoints/*"), *out.glob("restart/*/[!w]*")]
+        steps = [path for path in places if path.is_dir()]
         return any(_unsealed(path) and _changed(path) > since for path in steps)
     trained = len(list(runs.glob("*/lineage.json"))) == 4
     if stage == "train":
