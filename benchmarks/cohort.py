@@ -1,6 +1,6 @@
 """K replicas together against one by one, ours and PyTorch's; one process with all cores, or one process a core.
 
-    python -m benchmarks.cohort [--replicas 8] [--device cuda] [--pairs]
+    python -m benchmarks.cohort [--replicas 8] [--device cuda] [--pairs [SIDE ...]]
 
 Tokens/s are those of all replicas together. With `--pairs` memory holds two sides at once, the cohort and each other one: whose
 tokens/s are then the cohort's of the first pair, times the ratio of its own pair.
@@ -45,12 +45,14 @@ def sides_of(shape: Shape, replicas: int, device: str, cores: list[int]) -> list
     return sides
 
 
-def measured(shape: Shape, replicas: int, device: str, rounds: int, seconds: float, pairs: bool, peak: float) -> dict[str, Any]:
+def measured(
+    shape: Shape, replicas: int, device: str, rounds: int, seconds: float, pairs: list[str] | None, peak: float
+) -> dict[str, Any]:
     """One row."""
     sides = sides_of(shape, replicas, device, sorted(os.sched_getaffinity(0)))
-    first, *others = sides
+    first, *others = (side for place, side in enumerate(sides) if place == 0 or not pairs or side.name in pairs)
     rate, steps, timed, differ = dict[str, float](), dict[str, int](), dict[str, Timing](), 0.0
-    for some in [[first, other] for other in others] if pairs else [sides]:
+    for some in [sides] if pairs is None else [[first, other] for other in others]:
         with started(some) as running:
             differ = max(differ, agreed(running, shape.dtype))
             pace = {name: one.run(1)[0] for name, one in running.items()}
@@ -78,7 +80,7 @@ def measured(shape: Shape, replicas: int, device: str, rounds: int, seconds: flo
         "losses_differ_by": differ,
         "rounds": rounds,
         "steps": steps,
-        "in_pairs": pairs,
+        "in_pairs": pairs is not None,
     }
 
 
@@ -90,7 +92,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of one side in one round, about")
     parser.add_argument("--device", choices=list(COHORT_SHAPES), default="cpu")
     parser.add_argument("--shapes", type=int, nargs="*", help="which of the shapes, by number; default all")
-    parser.add_argument("--pairs", action="store_true", help="hold two sides at once, not all")
+    parser.add_argument(
+        "--pairs", nargs="*", metavar="SIDE", help="hold two sides at once: the cohort and each of these, or of all"
+    )
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/cohort[-cuda].*")
     arguments = parser.parse_args()
     device, shapes = arguments.device, COHORT_SHAPES[arguments.device]

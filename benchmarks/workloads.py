@@ -97,7 +97,7 @@ def build_natfp(shape: Shape, replicas: list[int], run: Run | None = None) -> Ca
         jax.block_until_ready(state)
         return losses
 
-    steps(2)  # compiles
+    steps(1)  # compiles
     state = None  # else both would be held at once
     state, done = program.stack([lambda replica=replica: program.init(replica) for replica in replicas]), 0  # type: ignore[misc]
     return steps
