@@ -6,9 +6,9 @@ Two initialisations x two data orders of a 0.7M-parameter decoder, each trained 
 documentation of this machine's Python; 2,000 prompts of distinct documents, drawn from every arm after a tenth of training
 and at the end, and from one arm twice (the null).
 
-Cost: about three minutes and 1.1 GB of memory on two CPU cores. What to expect: order recognisable by a bag of subwords in
-about 80 of 100 texts early and 57 to 60 at the end; init in 60 to 66 early, fading to 52 to 56; a likelihood ceiling above
-97 % at the end; the null at chance. The sizes were chosen on the seeds 0 and 1; these here are others.
+Cost: about two minutes and 1.2 GB of memory on two CPU cores. What to expect: order recognisable by a bag of subwords in
+about 80 of 100 texts early and 58 to 60 at the end; init in 57 to 62 early, fading to 52 to 57; a likelihood ceiling above
+96 % at the end; the null at chance. The sizes were chosen on the seeds 0 and 1; these here are others.
 """
 
 from natfp_jax.config import Corpus, Data, Experiment, Factor, MachineDocs, Model, Optimiser, Sampling, Study
