@@ -144,7 +144,8 @@ class _Study:
                 last["step"],
             )
             first = run.records[min(run.records)]
-            for kind, source, got in (("init", start, first["weights"]), ("order", order, last["order_hash"])):
+            compared = [("init", start, first["weights"]), ("order", order, last["order_hash"])]
+            for kind, source, got in compared if last["step"] > 0 else compared[:1]:  # at step 0 nothing is fed yet
                 pairs: tuple[tuple[Any, Any], ...] = ((("hash", kind, got), source), (("source", kind, source), got))
                 for key, expected in pairs:
                     other, had = seen.setdefault(key, (name, expected))

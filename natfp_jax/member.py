@@ -124,7 +124,7 @@ class Underway:
         skipped = f", after {SKIPS} skipped steps" if len(self.skipped) >= SKIPS else ""
         self.failure = (
             f"arm {self.member.name}: {what} {value} at step {step}{skipped}, last good checkpoint {good} in "
-            f"{self.member.run.folder}: lower experiment.optimiser.learning_rate"
+            f"{self.member.run.folder}: lower its learning rate"
         )
 
     # --- files ---

@@ -35,6 +35,7 @@ class Pace:
     ) -> None:
         data = experiment.data
         self._say, self._devices, self._clock = say, devices, clock
+        self._of = "1 arm" if replicas == 1 else f"{replicas} arms"
         self._tokens = replicas * data.batch * data.seq_len  # of one step
         self._flops = flops.per_token(experiment.model, vocabulary, data.seq_len)
         self._first: tuple[int, float] | None = None
@@ -48,13 +49,13 @@ class Pace:
         if self._first is None:
             self._first = self._last = now
         elif now[1] - self._last[1] >= EVERY:
-            self._say(f"step {step}: {self._between(self._last, now)}")
+            self._say(f"step {step} of {self._of}: {self._between(self._last, now)}")
             self._last = now
         self._now = now
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None and self._first is not None and self._now[1] > self._first[1]:
-            self._say(f"{self._now[0] - self._first[0]} steps at {self._between(self._first, self._now)}")
+            self._say(f"{self._now[0] - self._first[0]} steps of {self._of} at {self._between(self._first, self._now)}")
 
     def _between(self, first: tuple[int, float], last: tuple[int, float]) -> str:
         rate = (last[0] - first[0]) * self._tokens / (last[1] - first[1])

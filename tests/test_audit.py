@@ -49,6 +49,19 @@ def test_a_healthy_study_is_proven_whole(healthy):
         assert part in said
 
 
+def test_arms_that_were_stopped_before_their_first_checkpoint_share_an_order_that_nothing_was_fed_in_yet(healthy, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(healthy, out)
+    for run in (out / "runs").iterdir():
+        (run / "lineage.json").unlink()
+        for step in (12, 40):
+            shutil.rmtree(run / "checkpoints" / str(step))
+    for name in ("draws", "report"):
+        shutil.rmtree(out / "studies" / "soak" / name)
+    (out / "studies" / "soak" / "attribution.json").unlink()
+    assert {claim.verdict for claim in audit(out, QUIET)} == {"proven", "recorded"}
+
+
 def test_every_step_can_be_trained_again(healthy):
     claims = [claim.claim for claim in audit(healthy, QUIET, replayed=40) if "follow from the seeds" in claim.claim]
     assert claims == ["the weights of steps 1, 2, 4, 8, 12, 40 follow from the seeds"] * 4

@@ -342,7 +342,7 @@ def test_an_arm_that_fails_is_named_and_its_companions_are_trained(members, alon
     for _ in range(2):  # and again by itself
         with pytest.raises(UserError) as error:
             trained([good[0], *wild, good[1]], one_device)
-        assert str(error.value) == f"{wanted}: lower experiment.optimiser.learning_rate"
+        assert str(error.value) == f"{wanted}: lower its learning rate"
         for place in (0, 1):
             assert everything(RunFolder(tmp_path / str(place))) == everything(RunFolder(alone / str(place)))
     assert checkpoint.steps(wild[0].run.checkpoints) == [0]

@@ -26,12 +26,12 @@ def test_the_mean_is_said_at_the_end_without_the_first_step():
     (line,) = said([100.0, 100.5, 101.0], replicas=3)
     tokens = 3 * 8 * 32 / 0.5
     operations = tokens * flops.per_token(EXPERIMENT.model, 128, 32) / 1e12
-    assert line == f"2 steps at {tokens:,.0f} tokens/s, {operations:.3g} TFLOP/s"
+    assert line == f"2 steps of 3 arms at {tokens:,.0f} tokens/s, {operations:.3g} TFLOP/s"
 
 
 def test_every_minute_says_its_own_pace():
     lines = said([0.0, 30.0, pace.EVERY, 1.5 * pace.EVERY, 2 * pace.EVERY + 1], first=10)
-    assert [line.partition(":")[0] for line in lines[:2]] == ["step 13", "step 15"]
+    assert [line.partition(":")[0] for line in lines[:2]] == ["step 13 of 1 arm", "step 15 of 1 arm"]
     rates = [float(re.search(r"([\d,.]+) tokens/s", line)[1].replace(",", "")) for line in lines]
     assert rates == pytest.approx([2 * 256 / 60, 2 * 256 / 61, 4 * 256 / 121], abs=0.6)
 

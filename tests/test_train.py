@@ -305,7 +305,7 @@ def test_a_gradient_that_is_not_finite_stops_with_arm_step_and_last_good_checkpo
     wild = replace(tiny, "optimiser.learning_rate", 1e30)
     found = refused(train_arm, wild, tmp_path / "run", name="init0-order1", checkpoints=(kept / 16,))
     message = f"arm init0-order1: gradient norm nan at step 2, last good checkpoint {good} in {tmp_path / 'run'}"
-    assert found == f"{message}: lower experiment.optimiser.learning_rate"
+    assert found == f"{message}: lower its learning rate"
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "1"][: good + 1]
     assert not list((tmp_path / "run" / "restart").iterdir())
 
