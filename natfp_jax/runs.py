@@ -1,7 +1,7 @@
 """The folder of a run: `runs/<fingerprint>/`.
 
-Owns what lies in it (experiment.json, checkpoints/, metrics.jsonl, lineage.json) and whose it is. Must not know how
-training works.
+Owns what lies in it (experiment.json, checkpoints/, metrics.jsonl, lineage.json) and whose it is. Must not know how training
+works.
 """
 
 import json

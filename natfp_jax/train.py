@@ -1,8 +1,8 @@
 """Training one cohort: arms of one shape, together.
 
-Owns the loop, and what is saved when. Everything but the state is a function of
-the step, so a restart from any saved state gives the bits of an untouched run. Kept checkpoints belong to the arms, a restart
-state to the cohort. Must not know studies, sampling or reports.
+Owns the loop, and what is saved when. Everything but the state is a function of the step, so a restart from any saved state
+gives the bits of an untouched run. Kept checkpoints belong to the arms, a restart state to the cohort. Must not know studies,
+sampling or reports.
 """
 
 import math
@@ -46,7 +46,6 @@ def load_params(run: RunFolder, step: int, experiment: Experiment, store: Store,
       UserError: there is no such checkpoint.
       Damaged: it is not what was saved.
     """
-
     processes.led(lambda: checkpoint.verify(run.checkpoints, step, "params"))
     tree, _ = checkpoint.restore(run.checkpoints, step, program_of(experiment, store, devices, Run()).one.params)
     _check_weights(tree, run, step)
