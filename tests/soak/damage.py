@@ -165,8 +165,11 @@ def states(study: Study, folder: Path) -> Iterator[tuple[str, Path]]:
         return begun(out, "corpus", 0) and any(path.stat().st_size for path in out.glob("corpora/*/train-*.bin"))
 
     def restartable(out: Path) -> bool:
-        ended = list(out.glob(f"runs/*/checkpoints/{study.experiment.steps}"))  # what comes before it is read no more
-        return len(list(out.glob("restart/[!.]*/[0-9]*/manifest.json"))) >= 2 and not ended
+        saved = list(out.glob("restart/[!.]*/[0-9]*"))
+        if len(saved) < 2 or not all((step / "manifest.json").exists() for step in saved):
+            return False
+        kept = [int(step.name.split(".")[0]) for step in out.glob("runs/*/checkpoints/[0-9]*")]
+        return max(kept) < max(int(step.name) for step in saved)  # what comes before a kept checkpoint is read no more
 
     def first(out: Path) -> bool:
         return bool(list(out.glob("runs/*/checkpoints/0/manifest.json"))) and not list(out.glob("runs/*/lineage.json"))
