@@ -18,7 +18,7 @@ from typing import Any
 __all__ = ["Side", "Timing", "agreed", "in_turn", "started"]
 
 AGREE = {"float32": 1e-4, "bfloat16": 1e-2}  # relative: how near the losses of all sides must be
-CHECKED = 2  # steps whose losses are compared
+CHECKED = 3  # steps whose losses are compared
 
 # `build(**arguments)` gives a function: steps → losses of these steps, of every model that it trains.
 Build = Callable[..., Callable[[int], Any]]
