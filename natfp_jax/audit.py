@@ -161,10 +161,12 @@ class _Study:
     def _texts(self, known: dict[str, AuditedRun], stores: dict[tuple[str, str], Store]) -> str | None:
         found = []
         for one in draws(self.study):
-            path = self.folder / "draws" / f"{one.arm}.step{one.step}.draw{one.number}.parquet"
-            if texts.exists(path):
-                claim = attempt("", "", lambda path=path, one=one: self._drawn(path, one, known, stores))  # type: ignore[misc]
-                found += [f"{path.stem}: {claim.detail}"] if claim.verdict == "false" else []
+            sampling = self.study.sampling
+            for name in one.files(sampling.prompts, sampling.file_texts):
+                path = self.folder / "draws" / name
+                if texts.exists(path):
+                    claim = attempt("", "", lambda path=path, one=one: self._drawn(path, one, known, stores))  # type: ignore[misc]
+                    found += [f"{path.stem}: {claim.detail}"] if claim.verdict == "false" else []
         return "; ".join(found) or None
 
     def _drawn(self, path: Path, one: Any, known: dict[str, AuditedRun], stores: dict[tuple[str, str], Store]) -> str | None:
@@ -173,7 +175,9 @@ class _Study:
         store = next((store for (_, tokenizer), store in stores.items() if tokenizer == record["inputs"]["tokenizer"]), None)
         if store is not None and [store.tokenizer.decode(ids) for ids in table["ids"].to_pylist()] != table["text"].to_pylist():
             return "its texts are not those of its ids"
-        for column, expected in (("arm", one.arm), ("checkpoint", one.step), ("draw", one.number)):
+        temperature = self.study.sampling.temperatures[0] if one.temperature is None else one.temperature
+        said = {"arm": one.arm, "checkpoint": one.step, "draw": one.number, "temperature": temperature}
+        for column, expected in said.items():
             if set(table[column].to_pylist()) - {expected}:
                 return f"its column {column} is not {expected} everywhere"
         return (

@@ -25,8 +25,11 @@ def blocks(array: jax.Array) -> jax.Array:
     return jnp.moveaxis(array.reshape(batch, length // t, t, *array.shape[2:]), 1, 0)
 
 
-def row_blocks(array: jax.Array) -> jax.Array:
-    """[B, T, ...] → [blocks, b, T, ...]: whole rows, the largest divisor of their number with at most so many tokens."""
-    batch, length = array.shape[:2]
-    rows = max((b for b in range(1, batch + 1) if batch % b == 0 and b * length <= BLOCK_ROWS), default=1)
-    return array.reshape(batch // rows, rows, length, *array.shape[2:])
+def row_blocks(array: jax.Array, length: int | None = None) -> jax.Array:
+    """[B, ...] → [blocks, b, ...]: whole rows, the largest divisor of their number with at most so many tokens.
+
+    `length`: tokens of a row; None: the array is [B, T, ...].
+    """
+    batch, each = array.shape[0], array.shape[1] if length is None else length
+    rows = max((b for b in range(1, batch + 1) if batch % b == 0 and b * each <= BLOCK_ROWS), default=1)
+    return array.reshape(batch // rows, rows, *array.shape[1:])

@@ -254,22 +254,48 @@ class Run(Strict):
 # --- texts and verdicts -----------------------------------------------------------------------------------------------
 
 
+def _warm(value: float) -> float:
+    if value < 1e-4:  # float32 divides by it
+        raise ValueError("a temperature is above 0; greedy=true takes the most likely id, always")
+    return value
+
+
+Warmth = Annotated[float, pydantic.Field(allow_inf_nan=False), pydantic.AfterValidator(_warm)]
+
+
 @dataclass(frozen=True)
 class Sampling(Strict):
-    """How texts are drawn."""
+    """How texts are drawn. Of several temperatures each has its draws; several lengths are beginnings of the same texts."""
 
     prompts: Positive = 2000
-    prompt_chars: Positive = 50
+    prompt_file: str | None = None  # .txt (a prompt a line), .jsonl or .parquet; None: held-out documents of the corpus
+    prompt_key: str = "text"  # the field of a .jsonl line, or the column of a .parquet file, that holds the prompt
+    prompt_chars: Positive = 50  # of a held-out document; a prompt of a file is taken whole
     offsets_per_document: Positive = 1  # prompts taken from one document
-    new_tokens: Positive = 48
-    temperature: Annotated[float, pydantic.Field(ge=1e-4, allow_inf_nan=False)] = 1.0  # float32 divides by it
+    new_tokens: Positive | Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)] = 48
+    temperature: Warmth | Annotated[tuple[Warmth, ...], pydantic.Field(min_length=1)] = 1.0
     top_k: Positive | None = None
     top_p: Annotated[float, pydantic.Field(ge=1e-6, le=1)] = 1.0
+    min_p: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    repetition_penalty: PositiveFloat = 1.0  # above 1: ids that prompt or text have already become less likely
+    greedy: bool = False  # the most likely id, always
+    cache: Literal["float32", "bfloat16"] | None = None  # of keys and values; None: the dtype of the computation
     seed: Seed = 0
-    batch: Positive = 512  # texts that are drawn together
+    batch: Positive | None = None  # texts that a device draws together; None: as many as memory holds, up to some hundreds
+    file_texts: Positive = 16_384  # of one file of a draw: what a stopped draw loses at most
     checkpoints: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (
         1.0,
     )  # fractions of training at which every arm is drawn
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """New tokens of a text, ascending; the last is what is drawn."""
+        return tuple(sorted(set(self.new_tokens if isinstance(self.new_tokens, tuple) else (self.new_tokens,))))
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures that every arm is drawn at, in the order that they are given in."""
+        return tuple(dict.fromkeys(self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)))
 
 
 @dataclass(frozen=True)
@@ -331,13 +357,20 @@ Config = TypeVar("Config")
 _ANY: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(Any, config=pydantic.ConfigDict(ser_json_inf_nan="constants"))
 
 
+def _first(error: pydantic.ValidationError) -> Any:
+    """The first problem; of a field that takes several types, that of the type which was meant."""
+    return max(error.errors(), key=lambda problem: len(problem["loc"]))
+
+
 def _first_problem(error: pydantic.ValidationError) -> str:
-    problem = error.errors()[0]
-    return problem["msg"][0].lower() + problem["msg"][1:]
+    said = str(_first(error)["msg"]).removeprefix("Value error, ")
+    return said[0].lower() + said[1:]
 
 
 def _place(error: pydantic.ValidationError) -> str:
-    return ".".join(str(part) for part in error.errors()[0]["loc"])
+    # Types, where several would do, are named in brackets or with a hyphen.
+    parts = [str(part) for part in _first(error)["loc"]]
+    return ".".join(part for part in parts if part.isdecimal() or part.isidentifier())
 
 
 def replace(config: Config, path: str, value: Any) -> Config:

@@ -31,7 +31,7 @@ _SCHEMA = 2  # of the folder; a change makes new folders
 _META, _TOKENIZER, _SEAL = "meta.json", "tokenizer.json", "tokenizer.manifest.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The beginning, or another piece, of a prompt document."""
 

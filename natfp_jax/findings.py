@@ -13,7 +13,20 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Line", "Row", "Summary", "cells", "confused", "coverage", "headline", "interval", "lines", "table", "verdicts"]
+__all__ = [
+    "Line",
+    "Row",
+    "Summary",
+    "cells",
+    "confused",
+    "coverage",
+    "headline",
+    "interval",
+    "lines",
+    "table",
+    "titled",
+    "verdicts",
+]
 
 SIGNIFICANT = 0.05  # of the p-value after Holm
 LEAK = 0.01  # the same, for a null
@@ -46,11 +59,16 @@ def _pooled(row: Row) -> bool:
     return bool(row["name"] == f"{row['factor']} (pooled)")
 
 
-def _groups(summary: Summary) -> dict[tuple[int, str], list[Row]]:
-    """(Checkpoint, factor) → its rows."""
-    found: dict[tuple[int, str], list[Row]] = {}
+def titled(row: Row, name: str | None = None) -> str:
+    """The comparison's name, or another, and its temperature and length where the study has several."""
+    return ", ".join(part for part in (name or row["name"], row["setting"]) if part)
+
+
+def _groups(summary: Summary) -> dict[tuple[int, str, str], list[Row]]:
+    """(Checkpoint, setting, factor) → its rows."""
+    found: dict[tuple[int, str, str], list[Row]] = {}
     for row in summary["comparisons"]:
-        found.setdefault((row["checkpoint"], row["factor"]), []).append(row)
+        found.setdefault((row["checkpoint"], row["setting"], row["factor"]), []).append(row)
     return found
 
 
@@ -61,7 +79,7 @@ def headline(summary: Summary) -> str:
         return str(summary["study"])
     fields = ", ".join(dict.fromkeys(f"{field} ({one['stage']})" for one in differ for field in one["fields"]))
     count = len({(one["comparison"], one["checkpoint"]) for one in differ})
-    total = len({(row["name"], row["checkpoint"]) for row in summary["comparisons"]})
+    total = len({(titled(row), row["checkpoint"]) for row in summary["comparisons"]})
     return (
         f"{summary['study']}: WARNING, in {count} of {total} comparisons the arms do not share the numerics record; they "
         f"differ in {fields}, which may be what is recognised"
@@ -71,7 +89,7 @@ def headline(summary: Summary) -> str:
 def verdicts(summary: Summary) -> list[str]:
     """What the study found, a sentence for each factor at each checkpoint, from its pooled test or its only pair."""
     said, nulls = [], []
-    for (step, factor), group in _groups(summary).items():
+    for (step, _, factor), group in _groups(summary).items():
         if factor == "null":
             nulls += group
             continue
@@ -81,7 +99,7 @@ def verdicts(summary: Summary) -> list[str]:
         low, _ = row["ceiling_ci95"]
         proof = "the models differ" if low > row["chance"] else "that the models differ is not shown"
         bounds = f"chance {percent(row['chance'])} %, ceiling {interval(row, 'ceiling', 'ceiling_ci95')} %: {proof}"
-        said.append(f"{row['name']} at step {step}: {found}; {bounds}.")
+        said.append(f"{titled(row)} at step {step}: {found}; {bounds}.")
     return said + _null(nulls) + _impossible(summary) + _powerless(summary)
 
 
@@ -96,7 +114,7 @@ def _null(rows: list[Row]) -> list[str]:
     leaks = [row for row in rows if row["p_holm"] < LEAK]
     if leaks:
         return [
-            f"LEAK: {row['name']} at step {row['checkpoint']} is recognisable by {row['classifier']}, {interval(row)} %, "
+            f"LEAK: {titled(row)} at step {row['checkpoint']} is recognisable by {row['classifier']}, {interval(row)} %, "
             f"{_both_p(row)}. Two draws of one model must not be: trust no other number here."
             for row in leaks
         ]
@@ -111,7 +129,7 @@ def _impossible(summary: Summary) -> list[str]:
         return ((bounds[1] - bounds[0]) / 3.92) ** 2  # 95 % of a normal law lie within 3.92 standard errors
 
     return [
-        f"IMPOSSIBLE: {row['classifier']} at step {row['checkpoint']} of {row['name']} reads {interval(row)} %, above the "
+        f"IMPOSSIBLE: {row['classifier']} at step {row['checkpoint']} of {titled(row)} reads {interval(row)} %, above the "
         f"ceiling of {interval(row, 'ceiling', 'ceiling_ci95')} %: texts or likelihoods are wrong."
         for row in summary["comparisons"]
         if row["accuracy"] - row["ceiling"] > BEYOND * math.sqrt(variance(row["ci95"]) + variance(row["ceiling_ci95"]))
@@ -149,10 +167,15 @@ def coverage(summary: Summary) -> list[str]:
 
 
 def confused(summary: Summary) -> list[Row]:
-    """The rows whose confusions are shown: all arms at the last checkpoint, or a study's only factor where that is all."""
-    factor = "all" if any(row["factor"] == "all" for row in summary["comparisons"]) else summary["comparisons"][0]["factor"]
-    last = max(row["checkpoint"] for row in summary["comparisons"])
-    return [row for row in summary["comparisons"] if (row["factor"], row["checkpoint"]) == (factor, last)]
+    """The rows whose confusions are shown: all arms at the last checkpoint, or a study's only factor where that is all.
+
+    Of several temperatures and lengths, the last.
+    """
+    rows = summary["comparisons"]
+    factor = "all" if any(row["factor"] == "all" for row in rows) else rows[0]["factor"]
+    last = max(row["checkpoint"] for row in rows)
+    rows = [row for row in rows if (row["factor"], row["checkpoint"]) == (factor, last)]
+    return [row for row in rows if row["setting"] == rows[-1]["setting"]]
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
@@ -170,16 +193,17 @@ class Line(NamedTuple):
 def lines(summary: Summary) -> list[Line]:
     """The lines of the terminal's table, by checkpoint; many pairs of one factor become one."""
     found = []
-    for (step, factor), group in _groups(summary).items():
+    for (step, _, factor), group in _groups(summary).items():
         pairs: dict[str, list[Row]] = {}  # classifier → pairs
         for row in group:
             if not _pooled(row):
                 pairs.setdefault(row["classifier"], []).append(row)
         count = len(next(iter(pairs.values()), []))
         if count > FOLD:
-            found += [Line(f"{factor}: {count} pairs", step, factor, rows) for rows in pairs.values()]
+            name = titled(group[0], f"{factor}: {count} pairs")
+            found += [Line(name, step, factor, rows) for rows in pairs.values()]
             group = [row for row in group if _pooled(row)]
-        found += [Line(row["name"], step, factor, [row]) for row in group]
+        found += [Line(titled(row), step, factor, [row]) for row in group]
     return sorted(found, key=lambda line: line.checkpoint)
 
 

@@ -67,12 +67,11 @@ def make(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.
     return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_batch(name: str, batch: int, mesh: jax.sharding.Mesh, texts: bool = False) -> None:
-    """Raises a UserError if `batch` rows do not divide over the axes that hold rows, of training or of `texts`."""
-    axes = [axis for axis in _TEXTS if axis in _BATCH or (texts and mesh.shape[axis] > 1)]
-    ways = math.prod(mesh.shape[axis] for axis in axes)
+def check_batch(name: str, batch: int, mesh: jax.sharding.Mesh) -> None:
+    """Raises a UserError if `batch` rows of training do not divide over the axes that hold them."""
+    ways = math.prod(mesh.shape[axis] for axis in _BATCH)
     if batch % ways:
-        product = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
+        product = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in _BATCH)
         raise UserError(f"{name} {batch} does not divide over {product} = {ways} devices")
 
 

@@ -19,7 +19,7 @@ from natfp_jax.embedding import look_up
 from natfp_jax.mesh import constrain
 from natfp_jax.params import Params, dims
 
-__all__ = ["Cache", "Decoder", "decode", "empty_cache", "head", "hidden", "logits"]
+__all__ = ["Cache", "Decoder", "Slots", "decode", "empty_cache", "head", "hidden", "logits", "unrolled"]
 
 
 Remat = Literal["none", "dots", "full"]
@@ -35,11 +35,14 @@ _SAVED = {
 _UNROLLED = 16
 
 
-class Cache(NamedTuple):
-    """Rotated keys and values of every layer: `k_LBSKH`, `v_LBSKH`."""
+class Slots(NamedTuple):
+    """Rotated keys and values of one layer: `k_BKSH`, `v_BKSH`."""
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+
+
+Cache = tuple[Slots, ...]  # an array a layer: a part of one for all would be copied before it is read
 
 
 class _Place(NamedTuple):
@@ -66,9 +69,7 @@ class _Attention(nn.Module):
     devices: Devices | None
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, cache: Cache | None, place: _Place | None, layer: jax.Array
-    ) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x_BTD: jax.Array, cache: Slots | None, place: _Place | None) -> tuple[jax.Array, Slots | None]:
         size, dtype = dims(self.model, 0), x_BTD.dtype
         D, N, K, H = (size[letter] for letter in "DNKH")
         x_BTD = _rms_norm(x_BTD, _weight(self, "norm", D, dtype=jnp.float32), self.model.norm_epsilon)
@@ -83,13 +84,10 @@ class _Attention(nn.Module):
         else:
             assert place is not None  # there are slots
             q_BTNH, k_BTKH = rotate(q_BTNH, place.position_BT, theta), rotate(k_BTKH, place.position_BT, theta)
-            # The whole cache is carried through the layers and written in place: as a scanned output it would be copied.
-            start = (layer, 0, place.slot, 0, 0)
-            cache = Cache(
-                jax.lax.dynamic_update_slice(cache.k_LBSKH, k_BTKH[None], start),
-                jax.lax.dynamic_update_slice(cache.v_LBSKH, v_BTKH[None], start),
-            )
-            out_BTNH = masked(q_BTNH, cache.k_LBSKH[layer], cache.v_LBSKH[layer], place.mask_BTS)
+            new = (jnp.swapaxes(array, 1, 2).astype(cache.k_BKSH.dtype) for array in (k_BTKH, v_BTKH))
+            start = (0, 0, place.slot, 0)
+            cache = Slots(*(jax.lax.dynamic_update_slice(old, some, start) for old, some in zip(cache, new, strict=True)))
+            out_BTNH = masked(q_BTNH, *cache, place.mask_BTS)
         return jnp.einsum("btnh,nhd->btd", out_BTNH, _weight(self, "o", N, H, D, dtype=dtype)), cache
 
 
@@ -141,14 +139,11 @@ class _Block(nn.Module):
     devices: Devices | None
 
     @nn.compact
-    def __call__(
-        self, carry: tuple[jax.Array, Cache | None], place: _Place | None, layer: jax.Array
-    ) -> tuple[tuple[jax.Array, Cache | None], None]:
-        x_BTD, cache = carry
-        attended_BTD, cache = _Attention(self.model, self.devices, name="attention")(x_BTD, cache, place, layer)
+    def __call__(self, x_BTD: jax.Array, cache: Slots | None, place: _Place | None) -> tuple[jax.Array, Slots | None]:
+        attended_BTD, cache = _Attention(self.model, self.devices, name="attention")(x_BTD, cache, place)
         x_BTD += attended_BTD
         x_BTD += _MLP(self.model, self.devices, name="mlp")(x_BTD)
-        return (constrain(x_BTD, "BTD", self.devices), cache), None
+        return constrain(x_BTD, "BTD", self.devices), cache
 
 
 class Decoder(nn.Module):
@@ -172,7 +167,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": False},
-            in_axes=(nn.broadcast, 0),
+            in_axes=nn.broadcast,
             length=self.model.layers,
             # Where memory is dear, the loop: without it XLA on CPU keeps what it sees computed twice.
             unroll=min(self.model.layers, _UNROLLED) if jax.default_backend() == "cpu" and self.remat == "none" else 1,
@@ -181,23 +176,16 @@ class Decoder(nn.Module):
         if not self.model.tied:
             self.head = self.param("head", zeros, (width, self.vocabulary), jnp.float32)
 
-    def __call__(self, tokens_BT: jax.Array, place: _Place | None, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """The normed state after the last layer, `x_BTD`, and the cache."""
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """The normed state after the last layer, `x_BTD`."""
         # Every device looks up in the whole table: its partition by ids cannot be split further beside a `replica` axis.
         table_VD = constrain(self.embedding, "..", self.devices)
         x_BTD = constrain(look_up(table_VD, tokens_BT, jnp.dtype(self.model.dtype)), "BTD", self.devices)
-        (x_BTD, cache), _ = self.layers((x_BTD, cache), place, jnp.arange(self.model.layers))
-        return _rms_norm(x_BTD, self.norm, self.model.norm_epsilon), cache
+        x_BTD, _ = self.layers(x_BTD, None, None)
+        return _rms_norm(x_BTD, self.norm, self.model.norm_epsilon)
 
 
 # --- the forward pass as functions of the parameters ------------------------------------------------------------------
-
-
-def _apply(
-    decoder: Decoder, params: Params, tokens_BT: jax.Array, place: _Place | None, cache: Cache | None
-) -> tuple[jax.Array, Cache | None]:
-    out: Any = decoder.apply({"params": params}, tokens_BT, place, cache)
-    return out
 
 
 def hidden(
@@ -209,15 +197,30 @@ def hidden(
       devices: where given, how activations lie is not left to the compiler.
       remat: what the backward pass computes again instead of keeping it; "dots": all but products of matrices.
     """
-    decoder = Decoder(model, params["embedding"].shape[0], devices, remat)
-    return _apply(decoder, params, tokens_BT, None, None)[0]
+    out: Any = Decoder(model, params["embedding"].shape[0], devices, remat).apply({"params": params}, tokens_BT)
+    x_BTD: jax.Array = out
+    return x_BTD
 
 
-def empty_cache(model: Model, batch: int, slots: int) -> Cache:
-    """A cache of zeros in the compute dtype."""
+def unrolled(model: Model, params: Params) -> Params:
+    """The parameters as `decode` reads them: a tree a layer, and matrices in the compute dtype, which is half the bytes."""
+
+    def cast(tree: Params) -> Params:
+        return {
+            name: cast(leaf) if isinstance(leaf, dict) else leaf.astype(jnp.float32 if name == "norm" else model.dtype)
+            for name, leaf in tree.items()
+        }
+
+    stacked = params["layers"]
+    layers = [cast(jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)) for layer in range(model.layers)]
+    return {**cast({name: leaf for name, leaf in params.items() if name != "layers"}), "layers": layers}
+
+
+def empty_cache(model: Model, batch: int, slots: int, dtype: Any = None) -> Cache:
+    """A cache of zeros, in the compute dtype unless another is given."""
     size = dims(model, 0)
-    shape = (size["L"], batch, slots, size["K"], size["H"])
-    return Cache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+    shape = (batch, size["K"], slots, size["H"])
+    return tuple(Slots(*(jnp.zeros(shape, dtype or model.dtype) for _ in range(2))) for _ in range(model.layers))
 
 
 def decode(
@@ -233,11 +236,17 @@ def decode(
 
     A token attends to the slots that `mask_BTS` allows; its rotary position is `position_BT`, whatever its slot. So one
     function serves prefill (T = prompt) and decoding (T = 1), and ragged rows may write to one common slot.
+
+    Args:
+      params: `unrolled`.
     """
-    decoder = Decoder(model, params["embedding"].shape[0])
-    x_BTD, written = _apply(decoder, params, tokens_BT, _Place(position_BT, mask_BTS, slot), cache)
-    assert written is not None  # what goes in comes out
-    return x_BTD, written
+    block, place = _Block(model, None), _Place(position_BT, mask_BTS, slot)
+    x_BTD, written = look_up(params["embedding"], tokens_BT, jnp.dtype(model.dtype)), []
+    for layer, slots in zip(params["layers"], cache, strict=True):
+        found: Any = block.apply({"params": layer}, x_BTD, slots, place)
+        x_BTD, new = found
+        written.append(new)
+    return _rms_norm(x_BTD, params["norm"], model.norm_epsilon), tuple(written)
 
 
 def head(params: Params) -> jax.Array:

@@ -1,10 +1,11 @@
-"""How fast training goes, said now and then.
+"""How fast training and sampling go, said now and then.
 
-Owns the clock and the line. Must not know what a step does.
+Owns the clock and the lines. Must not know what a step or a draw does.
 """
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +14,7 @@ import jax
 from natfp_jax import flops
 from natfp_jax.config import Experiment
 
-__all__ = ["Pace"]
+__all__ = ["Pace", "TextPace"]
 
 EVERY = 60.0  # seconds between two lines
 
@@ -60,3 +61,30 @@ class Pace:
     def _between(self, first: tuple[int, float], last: tuple[int, float]) -> str:
         rate = (last[0] - first[0]) * self._tokens / (last[1] - first[1])
         return f"{rate:,.0f} tokens/s, {flops.said(rate * self._flops, self._devices)}"
+
+
+class TextPace:
+    """A context, told of texts and tokens; says how fast they come and how long the rest takes, and how fast all did."""
+
+    def __init__(self, say: Callable[[str], None], texts: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._of, self._clock = say, texts, clock
+        self.texts = self.tokens = 0
+
+    def __enter__(self) -> Self:
+        self._begun = self._last = self._clock()
+        return self
+
+    def drawn(self, texts: int, tokens: int) -> None:
+        """So many texts have ended, so many tokens have been drawn."""
+        self.texts, self.tokens, now = self.texts + texts, self.tokens + tokens, self._clock()
+        if now - self._last >= EVERY and self.texts:
+            left = timedelta(seconds=round((now - self._begun) * (self._of / self.texts - 1)))
+            self._say(f"{self.texts:,} of {self._of:,} texts: {self._rates(now)}, {left} left")
+            self._last = now
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None and (now := self._clock()) > self._begun:
+            self._say(f"{self.texts:,} texts at {self._rates(now)}")
+
+    def _rates(self, now: float) -> str:
+        return f"{self.texts / (now - self._begun):,.0f} texts/s, {self.tokens / (now - self._begun):,.0f} tokens/s"

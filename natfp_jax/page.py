@@ -6,7 +6,7 @@ Owns what stands on it and in which order. A function of the summary alone; must
 import json
 from collections.abc import Sequence
 
-from natfp_jax.findings import Summary, cells, confused, coverage, headline, interval, verdicts
+from natfp_jax.findings import Summary, cells, confused, coverage, headline, interval, titled, verdicts
 
 __all__ = ["markdown"]
 
@@ -30,7 +30,7 @@ def _comparison_grid(summary: Summary) -> str:
     header = ["comparison", "classifier", "step", "accuracy % [95 %]", "chance %", "p", "p Holm", "AUC", "bits/text"]
     rows = [
         [
-            *(row["name"], row["classifier"], str(row["checkpoint"]), *cells([row])[:-1]),
+            *(titled(row), row["classifier"], str(row["checkpoint"]), *cells([row])[:-1]),
             *(interval(row, "ceiling", "ceiling_ci95"), str(row["test_texts"]), str(row["test_prompts"])),
         ]
         for row in summary["comparisons"]
@@ -67,7 +67,7 @@ def _stage_grid(summary: Summary) -> str:
 def markdown(summary: Summary) -> str:
     """The page report.md."""
     corpus, rows = summary["corpus"], confused(summary)
-    scene = f"{rows[0]['name']}, step {rows[0]['checkpoint']}"
+    scene = f"{titled(rows[0])}, step {rows[0]['checkpoint']}"
     telling = [
         [row["classifier"], name, " ".join(map(_piece, pieces[:TOLD]))]
         for row in rows

@@ -73,7 +73,10 @@ def _arm(work: Workspace, arm: str, last: dict[str, Any]) -> dict[str, Any]:
 
 def _numerics(work: Workspace, records: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     """Every numerics record with those it is of, and where the sources of one comparison do not share one."""
-    drawn = {one: texts.read_record(work.draw_path(one))["numerics"] for c in work.comparisons for one in c.draws}
+    drawn = {
+        one: [texts.read_record(path)["numerics"] for path in work.draw_paths(one)]
+        for one in dict.fromkeys(one for comparison in work.comparisons for one in comparison.draws)
+    }
     differ = []
     for comparison in work.comparisons:
         # Bits depend on every stretch of training up to the draw: a resumed arm may have more than one record.
@@ -84,22 +87,26 @@ def _numerics(work: Workspace, records: dict[str, dict[int, dict[str, Any]]]) ->
             if step <= one.step
             for stretch in (record["numerics"], *(earlier["numerics"] for earlier in record["before"]))
         ]
-        for stage, found in (("train", trained), ("sample", [drawn[one] for one in comparison.draws])):
+        sampled = [record for one in comparison.draws for record in drawn[one]]
+        for stage, found in (("train", trained), ("sample", sampled)):
             names = dict.fromkeys(name for record in found for name in record)
             if fields := [name for name in names if any(record.get(name) != found[0].get(name) for record in found)]:
-                place = {"comparison": comparison.name, "checkpoint": comparison.step}
+                name = ", ".join(part for part in (comparison.name, comparison.setting) if part)
+                place = {"comparison": name, "checkpoint": comparison.step}
                 differ.append({**place, "stage": stage, "fields": fields})
     every_training = [
         (f"{arm} @ {step}", record["numerics"]) for arm, steps in records.items() for step, record in steps.items()
     ]
-    every_draw = [(work.draw_path(one).stem, record) for one, record in drawn.items()]
+    every_draw = [(one.name, record) for one, found in drawn.items() for record in found]
     return {"differ": differ, "train": _distinct(every_training), "sample": _distinct(every_draw)}
 
 
 def _distinct(records: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, record in records:
-        found.setdefault(files.canonical_json(record), {"of": [], "record": record})["of"].append(name)
+        of = found.setdefault(files.canonical_json(record), {"of": [], "record": record})["of"]
+        if name not in of:  # of a draw's files
+            of.append(name)
     return list(found.values())
 
 

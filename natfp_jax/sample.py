@@ -1,82 +1,70 @@
-"""Sampling texts.
+"""Drawing texts: the jitted functions.
 
-Owns the effective distribution (temperature, top-k, top-p, padding masked) that the sampler draws from and the ceiling scores
-under, the keys of the noise, and the one jitted loop. Must not know files, arms or studies.
+Owns what a row of texts carries from token to token, the keys of the noise, and the programs that begin rows, draw some more
+tokens of them, and bring together those that are left. Must not know which rows are drawn when (`turns.py`), files, arms or
+studies.
+
+A text's bits depend on its weights, its draw's key, its prompt and the number of rows of a device: its slots are decided by the
+length of its prompt and by how far it is, never by its place or its companions.
+
+Letters: R draws side by side over `replica`, B rows, P slots of the prompt, S of all, W new tokens, V vocabulary, b blocks of
+it.
 """
 
-from functools import partial
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from natfp_jax import rng
-from natfp_jax.config import Model, Sampling
-from natfp_jax.model import decode, empty_cache, head, logits
-from natfp_jax.params import Params
+from natfp_jax import mesh, rng
+from natfp_jax.blocks import row_blocks
+from natfp_jax.config import Model
+from natfp_jax.model import Cache, decode, empty_cache, head, logits, unrolled
+from natfp_jax.params import Params, Spec, abstract, count, dims, nest, table
+from natfp_jax.strategy import Strategy, effective, remembers
 
-__all__ = ["Drawn", "Strategy", "draw", "draw_key", "effective", "pad_prompts"]
+__all__ = [
+    "LEAST_SLOTS",
+    "New",
+    "Programs",
+    "Rows",
+    "categorical",
+    "draw_key",
+    "pad_prompts",
+    "programs_of",
+    "prompt_words",
+    "rows_for",
+    "slots_for",
+]
 
-
-class Strategy(NamedTuple):
-    """What turns logits into the distribution that is drawn from; hashable, so that it can be a static argument."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-
-    @classmethod
-    def of(cls, sampling: Sampling) -> "Strategy":
-        """The strategy of a sampling configuration."""
-        return cls(sampling.temperature, sampling.top_k, sampling.top_p)
-
-
-class Drawn(NamedTuple):
-    """Continuations: `ids_BN`, of which the first `length_B` count, and their log-probability under the strategy, in nats."""
-
-    ids_BN: jax.Array
-    length_B: jax.Array
-    log_probability_B: jax.Array
-
-
-def effective(z_V: jax.Array, strategy: Strategy) -> jax.Array:
-    """Log-probabilities after temperature, then top-k, then top-p (Holtzman et al., 2020), over the last axis; float32.
-
-    Ids that are tied with the last one kept are kept too, so that the distribution does not depend on the order of ids.
-    """
-    z_V = z_V / strategy.temperature
-    if strategy.top_k is not None and strategy.top_k < z_V.shape[-1]:
-        last = jax.lax.top_k(z_V, strategy.top_k)[0][..., -1:]
-        z_V = jnp.where(z_V >= last, z_V, -jnp.inf)
-    if strategy.top_p < 1:
-        p_V = jax.nn.softmax(z_V, axis=-1)
-        falling = -jnp.sort(-p_V, axis=-1)
-        before = jnp.cumsum(falling, axis=-1) - falling  # an id is kept while what stands before it is less than top_p
-        last = jnp.min(jnp.where(before < strategy.top_p, falling, jnp.inf), axis=-1, keepdims=True)
-        z_V = jnp.where(p_V >= last, z_V, -jnp.inf)
-    return jax.nn.log_softmax(z_V, axis=-1)
+_ROOM = 0.5  # of a device's memory
+# Texts a device: more only make the caches leave the processor's own, or wait for one another.
+_MOST = {"cpu": 512, "accelerator": 4096}
+LEAST_SLOTS = 32  # of a prompt, and of what is new; fewer would only make more programs
+_BLOCK = 128  # ids of a block; the padded vocabulary is a multiple of it
 
 
-def _categorical(key: jax.Array, log_p_V: jax.Array) -> jax.Array:
-    """An exact draw in two steps, first the block of 128 ids, then the id in it: p(id) = p(block) · p(id | block).
-
-    One Gumbel value an id would cost more than the model at small sizes; this needs V / 128 + 128 of them. High resolution:
-    the default noise is biased for tokens rarer than about 1e-7.
-    """
-    log_p_bW = log_p_V.reshape(-1, 128)  # the padded vocabulary is a multiple of 128
-    block_key, id_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-    block = jax.random.categorical(block_key, jax.nn.logsumexp(log_p_bW, axis=-1), mode="high")
-    place = jax.random.categorical(id_key, log_p_bW[block], mode="high")
-    return (block * log_p_bW.shape[-1] + place).astype(jnp.int32)
+def slots_for(tokens: int) -> int:
+    """The slots that hold so many tokens: a power of two, so that few programs serve all lengths."""
+    return max(LEAST_SLOTS, 1 << (tokens - 1).bit_length())
 
 
-def draw_key(seed: int, arm: str, step: int, number: int) -> jax.Array:
-    """The key of one draw. `arm` is the experiment's fingerprint: no two arms, checkpoints or draws share noise."""
-    return rng.stream(seed, "sample", arm, step, number)
+def draw_key(seed: int, arm: str, step: int, strategy: str, number: int) -> jax.Array:
+    """The key of one draw. `arm` is the experiment's fingerprint: no two arms, checkpoints, strategies or draws share noise."""
+    return rng.stream(seed, "sample", arm, step, strategy, number)
 
 
-def pad_prompts(prompts: list[list[int]], pad: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def prompt_words(ids: Sequence[int]) -> np.ndarray:
+    """The two 32-bit words of each prompt's id: uint32 [N, 2]."""
+    return np.array([rng.words(int(number)) for number in ids], np.uint32).reshape(-1, 2)
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], pad: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Ragged ids → `tokens_BP` int32, padded on the right with `pad`, and `length_B`."""
     tokens_BP = np.full((len(prompts), width), pad, np.int32)
     for row, ids in zip(tokens_BP, prompts, strict=True):
@@ -84,71 +72,304 @@ def pad_prompts(prompts: list[list[int]], pad: int, width: int) -> tuple[np.ndar
     return tokens_BP, np.array([len(ids) for ids in prompts], np.int32)
 
 
-@partial(jax.jit, static_argnames=("model", "strategy", "vocabulary", "eos", "new_tokens"))
-def draw(
-    params: Params,
-    key: jax.Array,
-    prompt_B2: jax.Array,
-    tokens_BP: jax.Array,
-    length_B: jax.Array,
-    *,
-    model: Model,
-    strategy: Strategy,
-    vocabulary: int,
-    eos: int,
-    new_tokens: int,
-) -> Drawn:
-    """Draws one continuation of every prompt, up to and including EOS or `new_tokens`.
+class Rows(NamedTuple):
+    """Texts under way, all of one age: so many tokens drawn, of which the last has not been read by the model yet."""
+
+    key_B: jax.Array  # the noise of a text: its draw's and its prompt's
+    length_B: jax.Array  # of the prompts
+    token_B: jax.Array  # drawn last
+    done_B: jax.Array  # ended, or never begun: the place is only filled
+    seen_BV: jax.Array | None  # the ids that prompt or text have, where the strategy remembers
+    cache: Cache
+
+
+class New(NamedTuple):
+    """What was drawn: ids and their log-probability under the strategy, in nats; behind a text's end EOS and zero."""
+
+    id_BW: jax.Array
+    log_p_BW: jax.Array
+
+
+class Programs:
+    """The functions of one model and strategy on one mesh, for so many rows a device.
+
+    The rows of all devices along `replica`, `data` and `fsdp` stand one behind another: [devices x rows, ...].
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        strategy: Strategy,
+        vocabulary: int,
+        padded: int,
+        eos: int,
+        rows: int,
+        devices: jax.sharding.Mesh,
+        cache: str | None = None,
+    ) -> None:
+        """`vocabulary`, `padded`: without and with padding. `eos`: the id that ends a text. `cache`: its dtype."""
+        self.model, self.strategy, self.eos, self.rows, self.devices = model, strategy, eos, rows, devices
+        self._vocabulary, self._padded, self._cache_dtype = vocabulary, padded, cache
+        self._specs = table(model, padded)
+        self.ways = mesh.text_ways(devices)
+        self._laid, self._none = mesh.text_sharding(devices), mesh.replicated(devices)
+
+    # --- weights and keys, of the draws that stand side by side ---
+
+    def weights(self, arms: Sequence[Callable[[], Params]]) -> Params:
+        """The weights of as many arms as there are places along `replica`, or fewer, which take turns in them: [R, ...].
+
+        An arm's are loaded, laid into its places, and given up before the next one's. Of a parameter every device has all but
+        what `tensor` cuts: to gather it anew for every token would cost more than to draw the token.
+        """
+        ways = self.devices.shape["replica"]
+        shapes = jax.eval_shape(partial(unrolled, self.model), abstract(self._specs))
+
+        def empty() -> Params:
+            found: Params = jax.tree.map(lambda leaf: jnp.zeros((ways, *leaf.shape), leaf.dtype), shapes)
+            return found
+
+        all_R, alone = jax.jit(empty, out_shardings=self._weight_shardings)(), jax.jit(partial(unrolled, self.model))
+        for number, arm in enumerate(arms):
+            one = alone(arm())
+            for place in range(number, ways, len(arms)):
+                all_R = self._put(all_R, one, mesh.lay(np.int32(place), self._none))
+        return all_R
+
+    @cached_property
+    def _weight_shardings(self) -> Params:
+        def spread(spec: Spec) -> NamedSharding:
+            cut = [
+                axis if axis == "tensor" else None
+                for letter, axis in zip(spec.dims, spec.partition, strict=True)
+                if letter != "L"
+            ]
+            return NamedSharding(self.devices, PartitionSpec("replica", *cut))
+
+        tree = nest({path: spread(spec) for path, spec in self._specs.items()})
+        return {**tree, "layers": [tree["layers"]] * self.model.layers}
+
+    @cached_property
+    def _put(self) -> Callable[[Params, Params, jax.Array], Params]:
+        def put(all_R: Params, one: Params, place: jax.Array) -> Params:
+            return jax.tree.map(lambda every, leaf: every.at[place].set(leaf), all_R, one)
+
+        return jax.jit(put, donate_argnums=0, out_shardings=self._weight_shardings)
+
+    def keys(self, draws: Sequence[jax.Array]) -> jax.Array:
+        """The keys of the draws, laid as their weights are, as words: uint32 [R, 2]."""
+        words = np.stack([np.asarray(jax.random.key_data(key)) for key in draws])
+        places = np.arange(self.devices.shape["replica"]) % len(draws)
+        return mesh.lay(words[places], NamedSharding(self.devices, PartitionSpec("replica")))
+
+    # --- rows ---
+
+    def begin(
+        self, weights: Params, keys: jax.Array, prompt_B2: np.ndarray, tokens_BP: np.ndarray, length_B: np.ndarray
+    ) -> tuple[Rows, New]:
+        """Reads prompts, padded on the right, and draws the first token of each.
+
+        Args:
+          prompt_B2: the two words of each prompt's id (`prompt_words`).
+          length_B: 0 where a place is only filled; else at least 1.
+        """
+        return self._begun(weights, keys, *mesh.lay((prompt_B2, tokens_BP, length_B), self._laid))
+
+    def turn(self, weights: Params, rows: Rows, age: int, until: int, prompt_slots: int, width: int) -> tuple[Rows, New]:
+        """Draws tokens `age` to `until` - 1 of each text, at most `width`; the rows that it is given are given up."""
+        ages = mesh.lay(np.array([age, until], np.int32), self._none)
+        return self._turned(prompt_slots, width)(weights, rows, ages)
+
+    def arrange(self, sources: Sequence[Rows], place_B: np.ndarray, slots: int) -> Rows:
+        """Rows of one age brought together, with so many slots.
+
+        Args:
+          place_B: which row of the same device's, counted through all sources; -1: none.
+        """
+        return self._arranged(slots)(tuple(sources), mesh.lay(place_B, self._laid))
+
+    # --- what a device does with its own rows ---
+
+    def _spread(self, function: Callable[..., Any], *kinds: str) -> Callable[..., Any]:
+        """`function` on every device's own rows. `kinds`: of each argument, "rows", "draws" or "same"."""
+        if self.ways == 1:
+            return function
+        specs = {"rows": self._laid.spec, "draws": PartitionSpec("replica"), "same": PartitionSpec()}
+        axes = {axis for axis in mesh.AXES if axis != "tensor" or self.devices.shape["tensor"] == 1}
+        return jax.shard_map(
+            function,
+            mesh=self.devices,
+            in_specs=tuple(specs[kind] for kind in kinds),
+            out_specs=self._laid.spec,
+            axis_names=axes,
+            check_vma=False,
+        )
+
+    @cached_property
+    def _begun(self) -> Callable[..., tuple[Rows, New]]:
+        return jax.jit(self._spread(self._begin, "draws", "draws", "rows", "rows", "rows"), out_shardings=self._laid)
+
+    def _begin(
+        self, weights_1: Params, key_12: jax.Array, prompt_B2: jax.Array, tokens_BP: jax.Array, length_B: jax.Array
+    ) -> tuple[Rows, New]:
+        weights = jax.tree.map(lambda leaf: leaf[0], weights_1)
+        key = jax.random.wrap_key_data(key_12[0], impl="threefry2x32")
+        key_B = jax.vmap(lambda words: jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1]))(prompt_B2)
+        done_B, length_B = length_B == 0, jnp.maximum(length_B, 1)
+        x_BD, cache = self._read(weights, tokens_BP, length_B)
+        seen_BV = None
+        if remembers(self.strategy):
+            there_BP = jnp.arange(tokens_BP.shape[1]) < length_B[:, None]
+            rows_B1 = jnp.arange(len(tokens_BP))[:, None]
+            seen_BV = jnp.zeros((len(tokens_BP), self._padded), bool).at[rows_B1, tokens_BP].max(there_BP)
+        token_B, log_p_B, done_B, seen_BV = self._pick(weights, x_BD, key_B, jnp.int32(0), done_B, seen_BV)
+        cache = jax.tree.map(lambda a_BKSH: _padded(a_BKSH, tokens_BP.shape[1] + LEAST_SLOTS), cache)
+        return Rows(jax.random.key_data(key_B), length_B, token_B, done_B, seen_BV, cache), New(
+            token_B[:, None], log_p_B[:, None]
+        )
+
+    def _read(self, weights: Params, tokens_BP: jax.Array, length_B: jax.Array) -> tuple[jax.Array, Cache]:
+        """The states `x_BD` that follow the prompts, and their keys and values; all places of a prompt at once."""
+        count, width = tokens_BP.shape
+        place_P = jnp.arange(width)
+
+        def some(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Cache]:
+            tokens_bP, length_b = block
+            # What stands behind a prompt's end is masked for good.
+            mask_bPP = (place_P[None, :, None] >= place_P) & (place_P < length_b[:, None, None])
+            position_bP = jnp.broadcast_to(place_P, tokens_bP.shape)
+            empty = empty_cache(self.model, len(tokens_bP), width, self._cache_dtype)
+            x_bPD, cache = decode(self.model, weights, tokens_bP, position_bP, mask_bPP, empty, 0)
+            return jnp.take_along_axis(x_bPD, (length_b - 1)[:, None, None], axis=1)[:, 0], cache
+
+        blocks = row_blocks(tokens_BP), row_blocks(length_B, width)
+        if len(blocks[0]) == 1:
+            return some((tokens_BP, length_B))
+        found: tuple[jax.Array, Cache] = jax.tree.map(
+            lambda leaf: leaf.reshape(count, *leaf.shape[2:]), jax.lax.map(some, blocks)
+        )
+        return found
+
+    @cached_property
+    def _turned(self) -> Callable[[int, int], Callable[..., tuple[Rows, New]]]:
+        @functools.cache
+        def turned(prompt_slots: int, width: int) -> Callable[..., tuple[Rows, New]]:
+            function = self._spread(partial(self._turn, prompt_slots, width), "draws", "rows", "same")
+            return jax.jit(function, donate_argnums=1, out_shardings=self._laid)
+
+        return turned
+
+    def _turn(self, prompt_slots: int, width: int, weights_1: Params, rows: Rows, age_2: jax.Array) -> tuple[Rows, New]:
+        weights = jax.tree.map(lambda leaf: leaf[0], weights_1)
+        key_B = jax.random.wrap_key_data(rows.key_B, impl="threefry2x32")
+        (first, last), count = age_2, len(rows.token_B)
+        slot_S = jnp.arange(rows.cache[0].k_BKSH.shape[2])
+
+        def body(carry: tuple[jax.Array, Rows, New]) -> tuple[jax.Array, Rows, New]:
+            t, now, new = carry
+            # New tokens of all rows share a slot behind the widest prompt; their rotary positions are their own.
+            slot = prompt_slots + t - 1
+            mask_BS = (slot_S < now.length_B[:, None]) | ((slot_S >= prompt_slots) & (slot_S <= slot))
+            position_B1 = (now.length_B + t - 1)[:, None]
+            x_B1D, cache = decode(self.model, weights, now.token_B[:, None], position_B1, mask_BS[:, None], now.cache, slot)
+            token_B, log_p_B, done_B, seen_BV = self._pick(weights, x_B1D[:, 0], key_B, t, now.done_B, now.seen_BV)
+            drawn = New(
+                *(
+                    jax.lax.dynamic_update_slice(old, some[:, None], (0, t - first))
+                    for old, some in zip(new, (token_B, log_p_B), strict=True)
+                )
+            )
+            return t + 1, now._replace(token_B=token_B, done_B=done_B, seen_BV=seen_BV, cache=cache), drawn
+
+        def unfinished(carry: tuple[jax.Array, Rows, New]) -> jax.Array:
+            return (carry[0] < last) & ~carry[1].done_B.all()
+
+        empty = New(jnp.full((count, width), self.eos, jnp.int32), jnp.zeros((count, width), jnp.float32))
+        _, after, new = jax.lax.while_loop(unfinished, body, (first, rows, empty))
+        return after, new
+
+    def _pick(
+        self,
+        weights: Params,
+        x_BD: jax.Array,
+        key_B: jax.Array,
+        t: jax.Array,
+        done_B: jax.Array,
+        seen_BV: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Token `t` of each text, its log-probability, which have ended by now, and what they have seen."""
+        z_BV = effective(self.strategy, logits(x_BD, head(weights), self._vocabulary), seen_BV)
+        token_B, log_p_B = jax.vmap(categorical)(jax.vmap(jax.random.fold_in, (0, None))(key_B, t), z_BV)
+        token_B, log_p_B = jnp.where(done_B, self.eos, token_B), jnp.where(done_B, 0.0, log_p_B)
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+        return token_B, log_p_B, done_B | (token_B == self.eos), seen_BV
+
+    @cached_property
+    def _arranged(self) -> Callable[[int], Callable[..., Rows]]:
+        @functools.cache
+        def arranged(slots: int) -> Callable[..., Rows]:
+            return jax.jit(self._spread(partial(_arrange, slots), "rows", "rows"), out_shardings=self._laid)
+
+        return arranged
+
+
+def categorical(key: jax.Array, z_V: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An exact draw in two steps, first the block of 128 ids, then the id in it: p(id) = p(block) · p(id | block).
+
+    One Gumbel value an id would cost more than the model at small sizes; this needs V / 128 + 128 of them. High resolution:
+    the default noise is biased for tokens rarer than about 1e-7.
+
+    Returns:
+      The id, and its log-probability.
+    """
+    z_bW = z_V.reshape(-1, _BLOCK)
+    all_b = jax.nn.logsumexp(z_bW, axis=-1)
+    block_key, id_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    block = jax.random.categorical(block_key, all_b, mode="high")
+    place = jax.random.categorical(id_key, z_bW[block], mode="high")
+    return (block * _BLOCK + place).astype(jnp.int32), z_bW[block, place] - jax.nn.logsumexp(all_b)
+
+
+def _padded(a_BKSH: jax.Array, slots: int) -> jax.Array:
+    return jnp.pad(a_BKSH, ((0, 0), (0, 0), (0, slots - a_BKSH.shape[2]), (0, 0)))
+
+
+def _arrange(slots: int, sources: tuple[Rows, ...], place_B: jax.Array) -> Rows:
+    def gathered(*each: jax.Array) -> jax.Array:
+        one, *more = (leaf[jnp.clip(place_B - number * len(leaf), 0, len(leaf) - 1)] for number, leaf in enumerate(each))
+        for number, other in enumerate(more, start=1):
+            here_B = place_B >= number * len(each[0])
+            one = jnp.where(here_B.reshape(-1, *[1] * (one.ndim - 1)), other, one)
+        return one
+
+    rows = jax.tree.map(gathered, *sources)
+    return rows._replace(
+        done_B=rows.done_B | (place_B < 0), cache=jax.tree.map(lambda a_BKSH: _padded(a_BKSH, slots), rows.cache)
+    )
+
+
+def rows_for(
+    model: Model, padded: int, slots: int, texts: int, devices: jax.sharding.Mesh, memory: int, cache: str | None = None
+) -> int:
+    """How many texts a device draws together: a power of two, as many as memory holds and there are.
 
     Args:
-      key: of the draw (`draw_key`).
-      prompt_B2: the two 32-bit words of each prompt's id; a text's noise is that of its draw, prompt and place alone.
-      tokens_BP: prompts padded on the right. length_B: their lengths, at least 1.
-      vocabulary: unpadded. eos: the id that ends a text.
+      slots: of a text, for its prompt and for what is new.
+      texts: of one draw.
+      memory: bytes of a device.
     """
-    batch, width = tokens_BP.shape
-    key_B = jax.vmap(lambda words: jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1]))(prompt_B2)
-    w_DV = head(params)
-    slot_S = jnp.arange(width + new_tokens)
+    specs = table(model, padded)
+    size, width = dims(model, padded), jnp.dtype(cache or model.dtype).itemsize
+    tensor = devices.shape["tensor"]
+    weights = count(specs) * jnp.dtype(model.dtype).itemsize // tensor
+    # At one time: rows that are drawn, what two batches are brought together into, and those that wait at some ages.
+    each = 6 * 2 * size["L"] * size["K"] * size["H"] * slots * width // tensor + 4 * 4 * padded
+    fits = int(_ROOM * memory - weights) // each
+    most = _MOST["cpu" if devices.devices.flat[0].platform == "cpu" else "accelerator"]
+    part = -(-texts * devices.shape["replica"] // mesh.text_ways(devices))
+    wanted = max(1, min(fits, most, 1 << (part - 1).bit_length()))
+    return 1 << (wanted.bit_length() - 1)
 
-    def pick(x_BD: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_p_BV = effective(logits(x_BD, w_DV, vocabulary), strategy)
-        token_B = jax.vmap(_categorical)(jax.vmap(jax.random.fold_in, (0, None))(key_B, t), log_p_BV)
-        return token_B, jnp.take_along_axis(log_p_BV, token_B[:, None], axis=-1)[:, 0]
 
-    # Prefill: all prompts at once, causal; what stands behind a prompt's end is masked for good.
-    place_P = jnp.arange(width)
-    causal_BPP = (place_P[None, :, None] >= place_P) & (place_P < length_B[:, None, None])
-    position_BP = jnp.broadcast_to(place_P, (batch, width))
-    x_BPD, cache = decode(model, params, tokens_BP, position_BP, causal_BPP, empty_cache(model, batch, width), 0)
-    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, new_tokens), (0, 0), (0, 0))), cache)
-    last_BD = jnp.take_along_axis(x_BPD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-
-    def body(carry: tuple) -> tuple:  # type: ignore[type-arg]
-        t, last_BD, cache, done_B, ids_BN, log_p_B = carry
-        token_B, log_p_token_B = pick(last_BD, t)
-        token_B = jnp.where(done_B, eos, token_B)
-        ids_BN = jax.lax.dynamic_update_slice(ids_BN, token_B[:, None], (0, t))
-        log_p_B += jnp.where(done_B, 0.0, log_p_token_B)
-        done_B |= token_B == eos
-        # New tokens of all rows share a slot behind the widest prompt; their rotary positions are their own.
-        mask_BS = (slot_S < length_B[:, None]) | ((slot_S >= width) & (slot_S <= width + t))
-        position_B1 = (length_B + t)[:, None]
-        x_B1D, cache = decode(model, params, token_B[:, None], position_B1, mask_BS[:, None], cache, width + t)
-        return t + 1, x_B1D[:, 0], cache, done_B, ids_BN, log_p_B
-
-    def unfinished(carry: tuple) -> jax.Array:  # type: ignore[type-arg]
-        return (carry[0] < new_tokens) & ~carry[3].all()
-
-    start = (
-        jnp.int32(0),
-        last_BD,
-        cache,
-        jnp.zeros(batch, bool),
-        jnp.full((batch, new_tokens), eos, jnp.int32),
-        jnp.zeros(batch, jnp.float32),
-    )
-    _, _, _, _, ids_BN, log_p_B = jax.lax.while_loop(unfinished, body, start)
-    ended_BN = jnp.cumsum(ids_BN == eos, axis=1)
-    length_B = jnp.minimum((ended_BN == 0).sum(axis=1) + 1, new_tokens)
-    return Drawn(ids_BN, length_B, log_p_B)
+programs_of = lru_cache(maxsize=8)(Programs)  # arms of one shape share one, and so compile once

@@ -4,7 +4,8 @@ Owns what each stage reads and writes, and what makes it done; each does only wh
 error that names both sides. Must not know how any stage computes, nor how results look.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,18 +14,18 @@ from typing import Any
 import numpy as np
 
 from natfp_jax import attribution, classify, config, files, mesh, processes, stats, texts
-from natfp_jax.ceiling import log_likelihood
+from natfp_jax.ceiling import log_likelihoods
 from natfp_jax.cohort import fitting, standing
 from natfp_jax.config import Study
+from natfp_jax.drawing import sample
 from natfp_jax.errors import Failed, UserError
-from natfp_jax.lineage import numerics
 from natfp_jax.lock import alone
 from natfp_jax.member import Member
 from natfp_jax.progress import Progress
-from natfp_jax.rng import words
+from natfp_jax.prompts import Prompts
 from natfp_jax.runs import damaged_lines
-from natfp_jax.sample import Strategy, draw, draw_key, pad_prompts
 from natfp_jax.stopping import Stop
+from natfp_jax.strategy import strategy_of
 from natfp_jax.study import Arm, Draw, draws
 from natfp_jax.train import check, load_params, train
 from natfp_jax.workspace import Workspace, write_if_new
@@ -58,8 +59,9 @@ class Work(Workspace):
         processes.agree({**hashes, **{f"fingerprint of arm {arm}": one.fingerprint for arm, one in identities.items()}})
         for arm in self.arms.values():
             check(arm.experiment, self.store_of(arm), self.study.run, self.devices)
-        mesh.check_batch("sampling.batch", self.study.sampling.batch, self.devices, texts=True)
-        _ = self.prompts  # too few of them is known before hours of training
+        for temperature in self.study.sampling.temperatures:
+            strategy_of(self.study.sampling, temperature)
+        _ = self.longest_prompt  # too few prompts, or too long ones, are known before hours of training
         processes.led(lambda: self._write_arms(listed))
 
     def _write_arms(self, listed: dict[str, Any]) -> None:
@@ -134,68 +136,7 @@ class Work(Workspace):
 
     def sample(self) -> None:
         """Draws what is missing."""
-
-        def wanted() -> list[Draw]:
-            self.check_trained()
-            return self.missing_draws()
-
-        missing = [Draw(*one) for one in processes.led(wanted)]
-        if not missing:
-            return
-        count = len(missing) * len(self.prompts)
-        with self.timed("sample") as amounts, self.progress.task("sample", count, "texts") as advance:
-            amounts["texts"] = count
-            for one in missing:
-                self._draw(one, advance)
-
-    def _draw(self, one: Draw, advance: Any) -> None:
-        arm, sampling, tokenizer = self.arms[one.arm], self.study.sampling, self.store.tokenizer
-        params = load_params(self.run_of(arm.id), one.step, arm.experiment, self.store_of(arm), self.devices)
-        key = draw_key(sampling.seed, self.identities[arm.id].fingerprint, one.step, one.number)
-        width = -(-max(map(len, self.prompt_ids)) // 8) * 8
-        id_N2 = np.array([words(prompt.id) for prompt in self.prompts], np.uint32)
-        rows, batch = mesh.text_sharding(self.devices), sampling.batch
-        continuations: list[list[int]] = []
-        log_p: list[np.ndarray] = []
-        for first in range(0, len(self.prompts), batch):
-            real = min(batch, len(self.prompts) - first)
-            some = [*range(first, first + real), *[first] * (batch - real)]  # one shape, whatever the number of prompts
-            tokens_BP, length_B = pad_prompts([self.prompt_ids[i] for i in some], tokenizer.eos_id, width)
-            drawn = processes.gathered(
-                draw(
-                    params,
-                    key,
-                    *mesh.lay((id_N2[some], tokens_BP, length_B), rows),
-                    model=arm.experiment.model,
-                    strategy=Strategy.of(sampling),
-                    vocabulary=tokenizer.size,
-                    eos=tokenizer.eos_id,
-                    new_tokens=sampling.new_tokens,
-                )
-            )
-            continuations += [ids[:n].tolist() for ids, n in zip(drawn.ids_BN[:real], drawn.length_B[:real], strict=True)]
-            log_p.append(drawn.log_probability_B[:real])
-            advance(real)
-        n = len(self.prompts)
-        columns = {
-            "draw": [one.number] * n,
-            "arm": [one.arm] * n,
-            "checkpoint": [one.step] * n,
-            "prompt_id": [prompt.id for prompt in self.prompts],
-            "document_id": [prompt.document for prompt in self.prompts],
-            "prompt": [prompt.text for prompt in self.prompts],
-            "text": [tokenizer.decode(ids) for ids in continuations],
-            "ids": continuations,
-            "log_probability": np.concatenate(log_p),
-        }
-        record = {
-            "fingerprint": self.identities[arm.id].fingerprint,
-            "inputs": processes.led(lambda: self.draw_inputs(one)),
-            "settings": self.draw_settings(),
-            "texts": files.hash_json(continuations),
-            "numerics": numerics(self.devices, batch=batch, prompt_slots=width),
-        }
-        processes.led(lambda: texts.write(self.draw_path(one), columns, record))
+        sample(self)
 
     # --- attribute ---
 
@@ -203,7 +144,7 @@ class Work(Workspace):
         """The rows, in the order of the prompts, of the test part: the ceiling is computed there alone."""
         settings = self.study.attribution
         parts_N = stats.split(
-            [prompt.document for prompt in self.prompts],
+            self.prompts.documents,
             settings.split_seed,
             validation=settings.validation_fraction,
             test=settings.test_fraction,
@@ -211,7 +152,7 @@ class Work(Workspace):
         return np.flatnonzero(parts_N == "test")
 
     def _likelihoods(self, drawn: dict[Draw, Any]) -> dict[tuple[Draw, str, int], np.ndarray]:
-        """(draw, arm, step) → log-likelihood of the draw's test texts under the arm's checkpoint."""
+        """(draw, arm, step) → log-likelihood of the draw's test texts under the arm's checkpoint: [texts, lengths]."""
         test = self._test_rows()
         pairs: dict[tuple[str, int], list[Draw]] = {}  # checkpoint → draws of other arms that it must score
         for comparison in self.comparisons:
@@ -227,11 +168,12 @@ class Work(Workspace):
         for (name, step), scored in pairs.items():
             for one in [one for one in drawn if one in scored or one.arm == name]:
                 if weights[one.arm, one.step] == weights[name, step]:
-                    found[one, name, step] = drawn[one]["log_probability"].to_numpy()[test]
+                    own = drawn[one]["log_probabilities"].take(test).to_pylist()
+                    found[one, name, step] = self._summed(itertools.zip_longest(*own, fillvalue=0.0))
             scored[:] = [one for one in scored if (one, name, step) not in found]
         total = sum(map(len, pairs.values())) * len(test)
         ways = mesh.text_ways(self.devices)
-        prompts = [self.prompt_ids[i] for i in test]
+        prompts = Prompts(self.prompts.table.take(test)).encoded(self.store.tokenizer)
         with self.progress.task("likelihood ceiling", total, "texts") as advance:
             for (name, step), scored in pairs.items():
                 if not scored:
@@ -239,30 +181,36 @@ class Work(Workspace):
                 arm = self.arms[name]
                 params = load_params(self.run_of(name), step, arm.experiment, self.store_of(arm), self.devices)
                 for one in scored:
-                    ids = drawn[one]["ids"].to_pylist()
-                    found[one, name, step] = log_likelihood(
+                    log_p_NW = log_likelihoods(
                         params,
                         prompts,
-                        [ids[i] for i in test],
+                        drawn[one]["ids"].take(test).to_pylist(),
                         arm.experiment.model,
-                        Strategy.of(self.study.sampling),
+                        strategy_of(self.study.sampling, self.temperature_of(one)),
                         self.store.tokenizer.size,
                         max(_SCORE_ROWS // ways, 1) * ways,
                         self.devices,
                     )
+                    found[one, name, step] = self._summed(log_p_NW.T)
                     advance(len(test))
         return found
+
+    def _summed(self, log_p_WN: Iterable[Sequence[float]]) -> np.ndarray:
+        """The log-likelihood of each text's beginnings, a column a length, from those of its ids."""
+        total_WN = np.cumsum(np.array(list(log_p_WN), np.float64), axis=0)
+        return np.stack([total_WN[min(length, len(total_WN)) - 1] for length in self.study.sampling.lengths], axis=1)
 
     def attribute(self) -> None:
         """Scores every comparison, unless that was done with the same texts and settings."""
         wanted, path = draws(self.study), self.folder / "attribution.json"
+        drawn_files = [one for draw_of in wanted for one in self.draw_paths(draw_of)]
 
         def undone() -> str | None:
             """The hash of all inputs, if nothing is attributed of them."""
             self.check_trained()
-            if missing := self.missing_draws():
-                raise UserError(f"draw {missing[0]} is missing: run `natfp sample` first")
-            records = {self.draw_path(one).stem: texts.read_record(self.draw_path(one)) for one in wanted}
+            if missing := self.missing_files():
+                raise UserError(f"draw {next(iter(missing)).name} is missing: run `natfp sample` first")
+            records = {one.stem: texts.read_record(one) for one in drawn_files}
             inputs = files.hash_json(
                 {
                     "recipe": _RECIPE,
@@ -272,15 +220,15 @@ class Work(Workspace):
             )
             if path.exists() and files.read_remade(path).get("inputs") == inputs:
                 return None
-            for one in wanted:
-                texts.verify(self.draw_path(one))
+            for one in drawn_files:
+                texts.verify(one)
             return inputs
 
         inputs = processes.led(undone)
         if inputs is None:
             return
         with self.timed("attribute"):
-            drawn = {one: texts.read(self.draw_path(one)) for one in wanted}
+            drawn = {one: texts.read_all(self.draw_paths(one)) for one in wanted}
             likelihoods = self._likelihoods(drawn)
 
             def write() -> None:
@@ -292,26 +240,33 @@ class Work(Workspace):
         self, drawn: dict[Draw, Any], likelihoods: dict[tuple[Draw, str, int], np.ndarray]
     ) -> list[dict[str, Any]]:
         settings, count, test = self.study.attribution, len(self.prompts), self._test_rows()
-        start = {one: place * count for place, one in enumerate(drawn)}
-        every_text = [text for table in drawn.values() for text in table["text"].to_pylist()]
-        features = [classify.featurise(kind, every_text, self.store.tokenizer) for kind in settings.classifiers]
+        start, lengths = {one: place * count for place, one in enumerate(drawn)}, self.study.sampling.lengths
+        features = {
+            length: [
+                classify.featurise(kind, self._beginnings(drawn, length), self.store.tokenizer) for kind in settings.classifiers
+            ]
+            for length in lengths
+        }
+        prompts, documents = list(map(str, self.prompts.ids)), self.prompts.documents
         results = []
-        with self.progress.task("attribute", len(self.comparisons) * len(features), "classifiers") as advance:
+        with self.progress.task("attribute", len(self.comparisons) * len(settings.classifiers), "classifiers") as advance:
             for comparison in self.comparisons:
                 sources = [(label, one) for label, pooled in comparison.classes.items() for one in pooled]
+                setting = f", {comparison.setting}" if comparison.setting else ""
                 compared = attribution.Comparison(
-                    name=f"{comparison.name} @ {comparison.step}",
+                    name=f"{comparison.name} @ {comparison.step}{setting}",
                     rows=np.concatenate([start[one] + np.arange(count) for _, one in sources]),
                     labels=[label for label, _ in sources for _ in range(count)],
-                    prompts=[str(prompt.id) for prompt in self.prompts] * len(sources),
-                    documents=[prompt.document for prompt in self.prompts] * len(sources),
+                    prompts=prompts * len(sources),
+                    documents=documents * len(sources),
                 )
+                place = lengths.index(comparison.length)
                 likelihood_NA = np.full((count * len(sources), len(sources)), np.nan)
                 for block, (_, one) in enumerate(sources):
                     for column, (_, other) in enumerate(sources):
-                        likelihood_NA[block * count + test, column] = likelihoods[one, other.arm, other.step]
+                        likelihood_NA[block * count + test, column] = likelihoods[one, other.arm, other.step][:, place]
                 bound = attribution.ceiling(likelihood_NA, [label for label, _ in sources], compared, settings)
-                for counted in features:
+                for counted in features[comparison.length]:
                     result = attribution.attribute(counted, compared, settings)
                     advance(1)
                     results.append(
@@ -319,7 +274,10 @@ class Work(Workspace):
                             "name": comparison.name,
                             "factor": comparison.factor,
                             "checkpoint": comparison.step,
-                            "draws": [self.draw_path(one).stem for one in comparison.draws],
+                            "temperature": self.temperature_of(comparison.draws[0]),
+                            "new_tokens": comparison.length,
+                            "setting": comparison.setting,
+                            "draws": [one.name for one in comparison.draws],
                             **asdict(result),
                             "ceiling": bound.accuracy,
                             "ceiling_ci95": bound.ci95,
@@ -328,3 +286,10 @@ class Work(Workspace):
         for row, p_holm in zip(results, stats.holm([row["p_value"] for row in results]), strict=True):
             row["p_holm"] = float(p_holm)
         return results
+
+    def _beginnings(self, drawn: dict[Draw, Any], length: int) -> list[str]:
+        """The texts of all draws, cut after so many tokens."""
+        if length == self.study.sampling.lengths[-1]:
+            return [text for table in drawn.values() for text in table["text"].to_pylist()]
+        cut = [ids[:length] for table in drawn.values() for ids in table["ids"].to_pylist()]
+        return self.store.tokenizer.decode_batch(cut)

@@ -41,9 +41,10 @@ def _table(out: Path, path: Path) -> Table:
     arms_path = folder / "arms.json"
     listed = files.read_json(arms_path) if arms_path.exists() else {}
     at_work = lock.held(folder)  # stages come one after the other, so the first that is not done is the one at work
-    draw_files: dict[str, list[Path]] = {}
+    draw_files: dict[str, list[list[Path]]] = {}
     for one in draws(study):
-        draw_files.setdefault(one.arm, []).append(folder / "draws" / f"{one.arm}.step{one.step}.draw{one.number}.parquet")
+        names = one.files(study.sampling.prompts, study.sampling.file_texts)
+        draw_files.setdefault(one.arm, []).append([folder / "draws" / name for name in names])
 
     runs = {name: out / "runs" / entry["fingerprint"][:16] for name, entry in listed.items()}
     trained, drawn = {}, {}  # arm → how many of how many
@@ -51,7 +52,7 @@ def _table(out: Path, path: Path) -> Table:
         steps = set(arm.experiment.kept_steps(study.kept_fractions))
         trained[arm.id] = len(steps & _finished(runs[arm.id])) if arm.id in runs else 0, len(steps)
         drawn[arm.id] = (
-            sum(file.exists() and file.with_suffix(".manifest.json").exists() for file in draw_files[arm.id]),
+            sum(all(map(_drawn, each)) for each in draw_files[arm.id]),
             len(draw_files[arm.id]),
         )
     all_trained, all_drawn = (all(done == of for done, of in counts.values()) for counts in (trained, drawn))
@@ -81,6 +82,10 @@ def _table(out: Path, path: Path) -> Table:
 def _finished(run: Path) -> set[int]:
     """The steps of whole checkpoints: those with a manifest."""
     return {int(path.parent.name) for path in (run / "checkpoints").glob("*/manifest.json") if path.parent.name.isdecimal()}
+
+
+def _drawn(file: Path) -> bool:
+    return file.exists() and file.with_suffix(".manifest.json").exists()
 
 
 def _state(done: bool, running: bool) -> Text:

@@ -32,6 +32,18 @@ class Draw(NamedTuple):
     arm: str
     step: int
     number: int = 0
+    temperature: float | None = None  # None: the only one of the study
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        warmth = "" if self.temperature is None else f".t{self.temperature}"
+        return f"{self.arm}.step{self.step}{warmth}.draw{self.number}"
+
+    def files(self, texts: int, each: int) -> list[str]:
+        """The names of its files, so many texts in each, as Hugging Face `datasets` names the parts of a split."""
+        count = -(-texts // each)
+        return [f"{self.name}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,8 @@ class Comparison:
     factor: str  # a factor's name, or "all", "null", "twin"
     step: int
     classes: dict[str, tuple[Draw, ...]]
+    length: int  # tokens of each text that are compared, at most
+    setting: str = ""  # temperature and length in words, where the study has several
 
     @property
     def draws(self) -> list[Draw]:
@@ -122,17 +136,27 @@ def _steps(study: Study, all_arms: list[Arm]) -> list[dict[str, int]]:
     ]
 
 
+def _settings(study: Study) -> list[tuple[float | None, int, str]]:
+    """Temperature, length, and what they are called where there are several."""
+    warmths, lengths = study.sampling.temperatures, study.sampling.lengths
+    found = []
+    for warmth, length in itertools.product(warmths, lengths):
+        said = [f"temperature {warmth}"] * (len(warmths) > 1) + [f"{length} tokens"] * (len(lengths) > 1)
+        found.append((warmth if len(warmths) > 1 else None, length, ", ".join(said)))
+    return found
+
+
 def comparisons(study: Study) -> list[Comparison]:
-    """At each sampled checkpoint: pairs along each factor, each factor pooled, all arms at once, twin, null."""
+    """At each sampled checkpoint, temperature and length: pairs along each factor, each factor pooled, all arms, twin, null."""
     all_arms = arms(study)
     grid = [arm for arm in all_arms if not arm.twin]
     base = grid[0]
     found = []
-    for step in _steps(study, all_arms):
+    for step, (warmth, length, setting) in itertools.product(_steps(study, all_arms), _settings(study)):
         here: list[tuple[str, str, dict[str, tuple[Draw, ...]]]] = []
 
-        def draw(arm: Arm, number: int = 0, step: dict[str, int] = step) -> Draw:
-            return Draw(arm.id, step[arm.id], number)
+        def draw(arm: Arm, number: int = 0, step: dict[str, int] = step, warmth: float | None = warmth) -> Draw:
+            return Draw(arm.id, step[arm.id], number, warmth)
 
         for place, factor in enumerate(study.factors):
             strata: dict[tuple[str, ...], list[Arm]] = {}
@@ -156,9 +180,9 @@ def comparisons(study: Study) -> list[Comparison]:
         for twin in all_arms[len(grid) :]:
             here.append((f"twin of {base.id}", "twin", {base.id: (draw(base),), twin.id: (draw(twin),)}))
         here.append((f"null of {base.id}", "null", {"draw 0": (draw(base),), "draw 1": (draw(base, 1),)}))
-        found += [Comparison(name, factor, step[base.id], classes) for name, factor, classes in here]
+        found += [Comparison(name, factor, step[base.id], classes, length, setting) for name, factor, classes in here]
     # Arms of fewer steps may have one checkpoint for two near fractions: the same draws are compared once.
-    distinct = {tuple(comparison.classes.items()): comparison for comparison in reversed(found)}
+    distinct = {(comparison.length, *comparison.classes.items()): comparison for comparison in reversed(found)}
     return list(reversed(distinct.values()))
 
 

@@ -1,9 +1,10 @@
-"""The sample store: one Parquet file a draw, and its manifest.
+"""The sample store: one Parquet file a part of a draw, and its manifest.
 
-Owns the columns, and the record of what a draw was made from. Must not know how texts are drawn or classified.
+Owns the columns, and the record of what a file was made from. Must not know how texts are drawn or classified.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,32 @@ import pyarrow.parquet as pq
 from natfp_jax import files
 from natfp_jax.errors import Damaged
 
-__all__ = ["SCHEMA", "exists", "read", "read_record", "sealed", "verify", "write"]
+__all__ = ["SCHEMA", "exists", "read", "read_all", "read_record", "sealed", "verify", "write"]
 
 SCHEMA = pa.schema(
     {
         "draw": pa.int32(),
         "arm": pa.string(),
         "checkpoint": pa.int64(),  # step
+        "temperature": pa.float64(),
         "prompt_id": pa.uint64(),
         "document_id": pa.string(),
         "prompt": pa.string(),
         "text": pa.string(),  # the continuation alone
         "ids": pa.list_(pa.int32()),  # of the continuation, EOS included if it was drawn
-        "log_probability": pa.float32(),  # of the ids under the distribution that was drawn from, in nats
+        "log_probabilities": pa.list_(pa.float32()),  # of each id under the distribution that was drawn from, in nats
     }
 )
 _KEY = b"natfp"
 
 
 def sealed(path: Path) -> Path:
-    """The manifest of a sample file: a draw is done once it is there."""
+    """The manifest of a sample file: it is done once that is there."""
     return path.with_suffix(".manifest.json")
 
 
 def write(path: Path, columns: dict[str, Any], record: dict[str, Any]) -> None:
-    """Writes one draw, whole or not at all; `record` is kept in its manifest, and as JSON in the file's own metadata."""
+    """Writes one file, whole or not at all; `record` is kept in its manifest, and as JSON in the file's own metadata."""
     table = pa.table(columns, schema=SCHEMA).replace_schema_metadata({_KEY: json.dumps(record, sort_keys=True)})
     with files.whole_file(path) as file:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
@@ -45,15 +47,15 @@ def write(path: Path, columns: dict[str, Any], record: dict[str, Any]) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Whether a draw is done."""
+    """Whether a file is done."""
     return path.exists() and sealed(path).exists()
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a draw.
+    """The record of a file.
 
     Raises:
-      UserError: there is no such draw.
+      UserError: there is no such file.
       Damaged: its manifest is not what was written.
     """
     record: dict[str, Any] = files.read_remade(sealed(path))["record"]
@@ -64,7 +66,7 @@ def verify(path: Path) -> None:
     """Checks a sample file against its manifest.
 
     Raises:
-      UserError: there is no such draw.
+      UserError: there is no such file.
       Damaged: it is not what was written.
     """
     try:
@@ -76,10 +78,10 @@ def verify(path: Path) -> None:
 
 
 def read(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """The rows of a draw, in the order of its prompts.
+    """The rows of a file, in the order of the prompts.
 
     Raises:
-      UserError: there is no such draw.
+      UserError: there is no such file.
       Damaged: it is not what was written.
     """
     verify(path)
@@ -87,3 +89,8 @@ def read(path: Path, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise Damaged(path, f"cannot be read ({' '.join(str(error).split())})") from None
+
+
+def read_all(some: Sequence[Path], columns: list[str] | None = None) -> pa.Table:
+    """The rows of a draw's files, one after another."""
+    return pa.concat_tables([read(path, columns) for path in some])

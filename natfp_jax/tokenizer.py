@@ -76,6 +76,10 @@ class Tokenizer:
         """The text of `ids`; broken UTF-8 becomes U+FFFD, special and padding ids contribute nothing."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def decode_batch(self, several: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each of `several`, on all cores."""
+        return list(self._model.decode_batch(list(several), skip_special_tokens=True))
+
     @classmethod
     def train(cls, texts: Iterator[str], size: int) -> "Tokenizer":
         """A byte-level BPE of at most `size` entries (fewer where `texts` has too few pairs to merge); EOS has id 0.

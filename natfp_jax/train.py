@@ -20,7 +20,7 @@ from natfp_jax import checkpoint, mesh, optim, params, processes, restart
 from natfp_jax.blocks import block_length
 from natfp_jax.checkpoint import Checkpoints
 from natfp_jax.cohort import begun, called, fingerprints, finish
-from natfp_jax.config import Experiment, Run
+from natfp_jax.config import Experiment, Model, Run
 from natfp_jax.corpus import Store
 from natfp_jax.errors import Damaged, Failed, Stopped, UserError
 from natfp_jax.lineage import numerics, weight_hash
@@ -33,7 +33,7 @@ from natfp_jax.program import Program, State, execution_of, one_each, program_of
 from natfp_jax.runs import RunFolder
 from natfp_jax.stopping import Stop
 
-__all__ = ["EARLY", "check", "conditions", "laid", "load_params", "quiet", "replay", "train"]
+__all__ = ["EARLY", "check", "conditions", "laid", "load_params", "load_weights", "quiet", "replay", "train"]
 
 EARLY = (1, 2, 4, 8)  # steps whose weights are hashed, so that an audit can prove the descent from step 0 in a moment
 _GO_ON, _SAVE, _STOP = 0, 1, 2  # what a process asks for; the most of them is what all do
@@ -46,8 +46,15 @@ def load_params(run: RunFolder, step: int, experiment: Experiment, store: Store,
       UserError: there is no such checkpoint.
       Damaged: it is not what was saved.
     """
+    return load_weights(run, step, experiment.model, store.tokenizer.padded_size, devices)
+
+
+def load_weights(run: RunFolder, step: int, model: Model, padded: int, devices: jax.sharding.Mesh) -> Params:
+    """The same, of a vocabulary of so many ids with padding."""
     processes.led(lambda: checkpoint.verify(run.checkpoints, step, "params"))
-    tree, _ = checkpoint.restore(run.checkpoints, step, program_of(experiment, store, devices, Run()).one.params)
+    specs = params.table(model, padded)
+    like = checkpoint.with_shardings(params.abstract(specs), mesh.param_shardings(devices, specs))
+    tree, _ = checkpoint.restore(run.checkpoints, step, like)
     _check_weights(tree, run, step)
     return tree
 

@@ -22,11 +22,12 @@ import jax
 
 from natfp_jax import config, files, lineage, mesh, processes, texts
 from natfp_jax.config import Corpus, Study
-from natfp_jax.corpus import Prompt, Store, opened, prepare
+from natfp_jax.corpus import Store, opened, prepare
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import Identity, code
 from natfp_jax.lock import LOCK, alone
 from natfp_jax.progress import Progress
+from natfp_jax.prompts import Prompts, prompts_of
 from natfp_jax.runs import RunFolder
 from natfp_jax.study import Arm, Draw, arms, comparisons, draws
 
@@ -172,57 +173,65 @@ class Workspace:
     # --- prompts and draws ---
 
     @cached_property
-    def prompts(self) -> tuple[Prompt, ...]:
+    def prompts(self) -> Prompts:
         """The prompts of every draw."""
+        return prompts_of(self.store, self.study.sampling)
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Its tokens, EOS with them.
+
+        Raises:
+          UserError: an arm has not been trained on as many.
+        """
+        context = min(arm.experiment.data.seq_len for arm in self.arms.values())
+        source = self.study.sampling.prompt_file or "the corpus"
+        return self.prompts.check(self.store.tokenizer, context, source)
+
+    def temperature_of(self, one: Draw) -> float:
+        """The temperature of a draw."""
+        return self.study.sampling.temperatures[0] if one.temperature is None else one.temperature
+
+    def draw_paths(self, one: Draw) -> list[Path]:
+        """The sample files of a draw."""
         sampling = self.study.sampling
-        return self.store.prompts(sampling.prompts, sampling.prompt_chars, sampling.offsets_per_document)
+        return [self.folder / "draws" / name for name in one.files(sampling.prompts, sampling.file_texts)]
 
-    @cached_property
-    def prompt_ids(self) -> list[list[int]]:
-        """The ids of every prompt, EOS first."""
-        tokenizer = self.store.tokenizer
-        return [[tokenizer.eos_id, *ids] for ids in tokenizer.encode_batch([prompt.text for prompt in self.prompts])]
-
-    def draw_path(self, one: Draw) -> Path:
-        """The sample file of a draw."""
-        return self.folder / "draws" / f"{one.arm}.step{one.step}.draw{one.number}.parquet"
-
-    @cached_property
-    def _prompt_hash(self) -> str:
-        return files.hash_json([(prompt.id, prompt.document, prompt.text) for prompt in self.prompts])
-
-    def draw_settings(self) -> dict[str, Any]:
+    def draw_settings(self, one: Draw) -> dict[str, Any]:
         """What decides the texts of a draw besides the weights; batch shapes are part of the numerics record."""
         kept = config.to_json(self.study.sampling)
-        return {name: kept[name] for name in ("new_tokens", "temperature", "top_k", "top_p", "seed")}
+        names = ("top_k", "top_p", "min_p", "repetition_penalty", "greedy", "cache", "seed")
+        tokens = self.study.sampling.lengths[-1]
+        return {"new_tokens": tokens, "temperature": self.temperature_of(one), **{name: kept[name] for name in names}}
 
     def draw_inputs(self, one: Draw) -> dict[str, str]:
         """The hashes of all that a draw is made from."""
         return {
-            "settings": files.hash_json(self.draw_settings()),
+            "settings": files.hash_json(self.draw_settings(one)),
             "weights": self.run_of(one.arm).record(one.step)["weights"],
-            "prompts": self._prompt_hash,
+            "prompts": self.prompts.sha256,
             "tokenizer": self.store.tokenizer.sha256,
         }
 
-    def missing_draws(self) -> list[Draw]:
-        """The draws that have no file yet.
+    def missing_files(self) -> dict[Draw, list[int]]:
+        """The draws that are not whole yet, and which of their files are not there.
 
         Raises:
           UserError: a file was drawn from something else.
         """
-        missing = []
+        missing: dict[Draw, list[int]] = {}
         for one in draws(self.study):
-            path = self.draw_path(one)
-            if not texts.exists(path):
-                missing.append(one)
-                continue
-            record = texts.read_record(path)
-            for name, expected in self.draw_inputs(one).items():
-                if (got := record["inputs"].get(name)) != expected:
-                    raise UserError(
-                        f"{path} was drawn from {name} {got}, expected {expected}: remove it, or give another --out"
-                    )
+            inputs = self.draw_inputs(one)
+            for number, path in enumerate(self.draw_paths(one)):
+                if not texts.exists(path):
+                    missing.setdefault(one, []).append(number)
+                    continue
+                record = texts.read_record(path)
+                for name, expected in inputs.items():
+                    if (got := record["inputs"].get(name)) != expected:
+                        raise UserError(
+                            f"{path} was drawn from {name} {got}, expected {expected}: remove it, or give another --out"
+                        )
         return missing
 
 

@@ -132,8 +132,10 @@ def test_a_run_folder_that_holds_something_else(refused, out):
 def test_the_draw_of_another_arm(refused, out):
     folder = out / "studies" / "small" / "draws"
     for name in ("parquet", "manifest.json"):
-        shutil.copy(folder / f"init1.step16.draw0.{name}", folder / f"init0.step16.draw0.{name}")
-    assert re.search(r"init0.step16.draw0.parquet was drawn from weights [0-9a-f]{64}, expected [0-9a-f]{64}", refused())
+        shutil.copy(folder / f"init1.step16.draw0-00000-of-00003.{name}", folder / f"init0.step16.draw0-00000-of-00003.{name}")
+    assert re.search(
+        r"init0.step16.draw0-00000-of-00003.parquet was drawn from weights [0-9a-f]{64}, expected [0-9a-f]{64}", refused()
+    )
 
 
 # --- what is damaged --------------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def relabel(path):
 
 
 DRAW, ATTRIBUTION, STEP = (
-    "studies/small/draws/init0.step16.draw0",
+    "studies/small/draws/init0.step16.draw0-00000-of-00003",
     "studies/small/attribution.json",
     "runs/INIT1/checkpoints/16",
 )
@@ -195,7 +197,12 @@ DAMAGE = {
     "data's manifest": ("data/stories/*/*/manifest.json", flip, "data/stories/*/*", []),
     "checkpoint's manifest": (f"{STEP}/manifest.json", flip, STEP, []),
     "checkpoint's manifest, lost": (f"{STEP}/manifest.json", lose, STEP, []),
-    "weights": (f"{STEP}/params/d/*", flip, STEP, ["studies/small/draws/init1.step16.draw0.parquet", ATTRIBUTION]),
+    "weights": (
+        f"{STEP}/params/d/*",
+        flip,
+        STEP,
+        ["studies/small/draws/init1.step16.draw0-00000-of-00003.parquet", ATTRIBUTION],
+    ),
     "record": ("runs/INIT1/checkpoints/0/manifest.json", relabel, "runs/INIT1/checkpoints/0", [STEP]),
     "lineage": ("runs/INIT1/lineage.json", cut, "runs/INIT1/lineage.json", []),
 }
@@ -327,7 +334,7 @@ ERRORS = {
 def test_a_disk_that_takes_no_more(refused, out, monkeypatch, error, told, lost):
     """Whatever it is wrapped in, and whether a file's name comes with it."""
     path = out / "studies" / "small" / lost
-    path = path / "init1.step16.draw0.parquet" if lost == "draws" else path
+    path = path / "init1.step16.draw0-00000-of-00003.parquet" if lost == "draws" else path
     path.unlink()
 
     def full(*_, **__):

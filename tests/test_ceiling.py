@@ -12,20 +12,21 @@ from test_sample import EOS, LARGE, MODEL, SMALL, STRATEGIES, drawn, every_logit
 
 from natfp_jax import config, mesh
 from natfp_jax.attribution import Comparison, attribute, ceiling
-from natfp_jax.ceiling import log_likelihood
+from natfp_jax.ceiling import log_likelihoods
 from natfp_jax.classify import featurise
 from natfp_jax.config import Attribution
-from natfp_jax.sample import Strategy, draw_key
+from natfp_jax.sample import draw_key
+from natfp_jax.strategy import TopK
 
 
 def scored(tree, prompts, texts, vocabulary, strategy=STRATEGIES[0], batch=100, devices=1, replica=1):
     over = mesh.make(config.Mesh(replica=replica), jax.devices()[:devices])
     tree = jax.device_put(tree, mesh.replicated(over))
-    return log_likelihood(tree, prompts, texts, MODEL, strategy, vocabulary, batch, over)
+    return log_likelihoods(tree, prompts, texts, MODEL, strategy, vocabulary, batch, over).sum(axis=1)
 
 
 def texts_of(found):
-    return [ids[:length].tolist() for ids, length in zip(found.ids_BN, found.length_B, strict=True)]
+    return [ids[:length].tolist() for ids, length in zip(found.id_NW, found.length_N, strict=True)]
 
 
 def by_hand(tree, prompts, texts, vocabulary, strategy):
@@ -36,7 +37,9 @@ def by_hand(tree, prompts, texts, vocabulary, strategy):
     z_BTV = np.asarray(every_logit(tree, tokens, vocabulary))
     return np.array(
         [
-            sum(np.log(reference(z_TV[len(prompt) - 1 + n], strategy)[token]) for n, token in enumerate(text))
+            sum(
+                np.log(reference(z_TV[len(prompt) - 1 + n], strategy, prompt + text[:n])[token]) for n, token in enumerate(text)
+            )
             for z_TV, prompt, text in zip(z_BTV, prompts, texts, strict=True)
         ]
     )
@@ -45,13 +48,13 @@ def by_hand(tree, prompts, texts, vocabulary, strategy):
 # --- likelihoods ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("vocabulary", "strategy"), [(SMALL, STRATEGIES[0]), (LARGE, STRATEGIES[2])])
+@pytest.mark.parametrize(("vocabulary", "strategy"), [(SMALL, STRATEGIES[0]), (LARGE, STRATEGIES[2]), (LARGE, STRATEGIES[3])])
 def test_recorded_and_teacher_forced_likelihoods_are_those_of_the_forward_pass(vocabulary, strategy):
     tree, prompts = weights(vocabulary), prompts_of(250, vocabulary)
-    found = drawn(tree, draw_key(0, "arm", 1, 0), prompts, vocabulary=vocabulary, strategy=strategy)
+    found = drawn(tree, draw_key(0, "arm", 1, "t", 0), prompts, vocabulary=vocabulary, strategy=strategy)
     texts = texts_of(found)
     expected = by_hand(tree, prompts, texts, vocabulary, strategy)
-    forced = scored(tree, prompts, texts, vocabulary, strategy)
+    recorded, forced = found.log_p_NW.sum(axis=1), scored(tree, prompts, texts, vocabulary, strategy)
     if strategy == STRATEGIES[0]:
         ended = np.array([text[-1] == EOS for text in texts])
         assert 0.1 < ended.mean() < 0.95
@@ -60,32 +63,32 @@ def test_recorded_and_teacher_forced_likelihoods_are_those_of_the_forward_pass(v
         certain = np.isfinite(expected) & np.isfinite(forced)
         assert certain.mean() > 0.98
     assert len({len(prompt) for prompt in prompts}) > 5
-    np.testing.assert_allclose(found.log_probability_B[certain], expected[certain], atol=2e-4)
+    np.testing.assert_allclose(recorded[certain], expected[certain], atol=2e-4)
     np.testing.assert_allclose(forced[certain], expected[certain], atol=2e-4)
-    assert (found.log_probability_B < 0).all()
+    assert (recorded < 0).all()
 
 
 def test_a_drawn_eos_counts_and_a_truncation_adds_nothing():
     tree, prompt = weights(SMALL), [EOS, 7, 8]
     open_end, ended, longer = scored(tree, [prompt] * 3, [[4, 5], [4, 5, EOS], [4, 5, 6]], SMALL)
-    p_V = reference(every_logit(tree, np.array([[EOS, 7, 8, 4, 5, 0, 0]]), SMALL)[0, 4], Strategy())
+    p_V = reference(every_logit(tree, np.array([[EOS, 7, 8, 4, 5, 0, 0]]), SMALL)[0, 4], ())
     assert ended - open_end == pytest.approx(np.log(p_V[EOS]), abs=1e-5)
     assert longer - open_end == pytest.approx(np.log(p_V[6]), abs=1e-5)
 
 
 def test_what_the_strategy_cannot_draw_has_likelihood_zero():
     tree, prompt = weights(SMALL), [EOS, 7, 8]
-    p_V = reference(every_logit(tree, np.array([[EOS, 7, 8, 0]]), SMALL)[0, 2], Strategy())
+    p_V = reference(every_logit(tree, np.array([[EOS, 7, 8, 0]]), SMALL)[0, 2], ())
     order = np.argsort(-p_V[:SMALL])
     texts = [[int(token)] for token in order]
-    found = scored(tree, [prompt] * SMALL, texts, SMALL, Strategy(top_k=3))
+    found = scored(tree, [prompt] * SMALL, texts, SMALL, (TopK(3),))
     np.testing.assert_allclose(found[:3], np.log(p_V[order[:3]] / p_V[order[:3]].sum()), atol=1e-5)
     assert np.isneginf(found[3:]).all()
 
 
 def test_a_likelihood_depends_on_neither_companions_nor_batch_nor_mesh():
     tree, prompts = weights(SMALL), prompts_of(130, SMALL)
-    texts = texts_of(drawn(tree, draw_key(0, "arm", 1, 0), prompts, vocabulary=SMALL))
+    texts = texts_of(drawn(tree, draw_key(0, "arm", 1, "t", 0), prompts, vocabulary=SMALL))
     whole = scored(tree, prompts, texts, SMALL)
     order = np.random.default_rng(0).permutation(130)
     permuted = scored(tree, [prompts[i] for i in order], [texts[i] for i in order], SMALL)
@@ -122,11 +125,11 @@ def arms_of(spread, count=600, arms=2):
         jax.tree.map(lambda a, b: a + spread * (b - a), base, weights(SMALL, seed=1 + arm)) if spread else base
         for arm in range(arms)
     ]
-    draws = [drawn(tree, draw_key(0, f"arm {arm}", 1, 0), prompts, vocabulary=SMALL) for arm, tree in enumerate(trees)]
+    draws = [drawn(tree, draw_key(0, f"arm {arm}", 1, "t", 0), prompts, vocabulary=SMALL) for arm, tree in enumerate(trees)]
     texts = [text for found in draws for text in texts_of(found)]
     likelihood_NA = np.stack([scored(tree, prompts * arms, texts, SMALL) for tree in trees], axis=1)
     for arm, found in enumerate(draws):
-        likelihood_NA[arm * count : (arm + 1) * count, arm] = found.log_probability_B
+        likelihood_NA[arm * count : (arm + 1) * count, arm] = found.log_p_NW.sum(axis=1)
     return texts, [f"arm {arm}" for arm in range(arms) for _ in range(count)], likelihood_NA
 
 
@@ -148,7 +151,7 @@ def test_no_classifier_beats_the_likelihood_ceiling(spread, arms):
 
 
 def test_the_ceiling_rises_with_the_difference_of_the_models():
-    bounds = [verdict(spread)[1].accuracy for spread in (0.01, 0.1, 0.3, 1.0)]
+    bounds = [verdict(spread)[1].accuracy for spread in (0.01, 0.1, 0.3)]  # above, nearly every text is recognised
     assert bounds == sorted(bounds)
     assert bounds[0] < 0.75
 
@@ -168,7 +171,7 @@ def test_nulls_of_one_model_are_rejected_as_often_as_the_test_claims():
     settings = dataclasses.replace(Attribution(), bootstraps=999, regularisation=(0.1, 1.0))
     found = []
     for pair in range(pairs):
-        draws = [drawn(tree, draw_key(0, "arm", 1, 2 * pair + side), prompts, vocabulary=SMALL) for side in range(2)]
+        draws = [drawn(tree, draw_key(0, "arm", 1, "t", 2 * pair + side), prompts, vocabulary=SMALL) for side in range(2)]
         texts = [text for one in draws for text in texts_of(one)]
         features, comparison = compared(f"null {pair}", texts, ["draw 0"] * count + ["draw 1"] * count)
         found.append(attribute(features, comparison, settings))

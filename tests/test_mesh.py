@@ -65,14 +65,9 @@ def test_a_batch_divides_over_the_axes_that_hold_rows():
     assert message == "experiment.data.batch 6 does not divide over data 2 x fsdp 2 = 4 devices"
 
 
-def test_replicas_share_a_batch_of_training_and_divide_one_of_texts():
+def test_replicas_share_a_batch_of_training_and_divide_texts():
     devices = made(2, 2, 2, 1)
     mesh.check_batch("experiment.data.batch", 4, devices)
-    mesh.check_batch("sampling.batch", 8, devices, texts=True)
-    message = refused(mesh.check_batch, "sampling.batch", 12, devices, True)
-    assert message == "sampling.batch 12 does not divide over replica 2 x data 2 x fsdp 2 = 8 devices"
-    message = refused(mesh.check_batch, "sampling.batch", 6, made(1, 2, 2, 2), True)
-    assert message == "sampling.batch 6 does not divide over data 2 x fsdp 2 = 4 devices"  # no word of replicas without any
     assert mesh.text_ways(devices) == 8
     assert mesh.text_ways(made(1, 2, 2, 2)) == mesh.text_ways(made(4, 1, 1, 2)) == 4
 

@@ -1,6 +1,7 @@
 """The decoder against its definition in float64, what it may see, and its cache."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from natfp_jax import params
 from natfp_jax.config import Model
-from natfp_jax.model import Decoder, _gated, decode, empty_cache, head, hidden, logits
+from natfp_jax.model import Decoder, _gated, decode, empty_cache, head, hidden, logits, unrolled
 
 VOCABULARY, PADDED = 100, 128
 MODELS = {
@@ -125,8 +126,7 @@ def test_the_forward_pass_is_the_definition(name):
 def test_the_modules_parameters_are_those_of_the_table(name):
     model = MODELS[name]
     module = Decoder(model, vocabulary=PADDED)
-    place = None
-    tree = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32), place, None)["params"]
+    tree = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     found = {path: (leaf.shape, leaf.dtype) for path, leaf in params.flatten(tree).items()}
     assert found == {path: (spec.shape, jnp.float32) for path, spec in params.table(model, PADDED).items()}
 
@@ -164,7 +164,7 @@ def test_decoding_with_a_cache_is_the_full_forward_pass_for_ragged_prompts(name)
     ids_BT = tokens(4, width + new)
     prompts_BP = np.where(np.arange(width) < lengths[:, None], ids_BT[:, :width], 0)
     slots, place = np.arange(width + new), np.arange(width)
-    step = jax.jit(lambda *args: decode(model, tree, *args))
+    step = jax.jit(partial(decode, model, unrolled(model, tree)))
     causal_BPP = (place[None, :, None] >= place) & (place < lengths[:, None, None])
     mask_BPS = np.pad(causal_BPP, ((0, 0), (0, 0), (0, new)))
     position_BP = np.broadcast_to(place, (4, width)).astype(np.int32)
@@ -181,7 +181,36 @@ def test_decoding_with_a_cache_is_the_full_forward_pass_for_ragged_prompts(name)
         x_B1D, cache = step(token_B1, here[:, None].astype(np.int32), mask_BS[:, None], cache, np.int32(width + t))
         assert np.abs(x_B1D[:, 0] - full_BTD[np.arange(4), here]).max() < 1e-5 * scale
     K = model.kv_heads or model.heads
-    assert cache.k_LBSKH.shape == cache.v_LBSKH.shape == (model.layers, 4, width + new, K, model.width // model.heads)
+    assert {array.shape for slots in cache for array in slots} == {(4, K, width + new, model.width // model.heads)}
+    assert len(cache) == model.layers
+
+
+def test_a_cache_of_another_precision_stays_close():
+    model, ids_BT = MODELS["two key-value heads, other constants"], tokens(3, 6)
+    weights_of = unrolled(model, weights(model))
+    mask_BTT = np.broadcast_to(np.tri(6, dtype=bool), (3, 6, 6))
+    position_BT = np.broadcast_to(np.arange(6), (3, 6))
+    full, half = (
+        jax.jit(partial(decode, model))(weights_of, ids_BT, position_BT, mask_BTT, empty_cache(model, 3, 6, dtype), 0)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert {array.dtype for slots in half[1] for array in slots} == {jnp.dtype("bfloat16")}
+    assert half[0].dtype == jnp.float32
+    assert 1e-5 < distance(half[0], np.asarray(full[0], np.float64)) < 0.05
+
+
+def test_weights_for_decoding_are_the_same_numbers_in_the_compute_dtype():
+    model = replace(MODELS["gelu, head, one key-value head"], dtype="bfloat16")
+    tree = weights(model)
+    found = unrolled(model, tree)
+    assert len(found["layers"]) == model.layers
+    for layer, its in enumerate(found["layers"]):
+        for part, leaves in its.items():
+            for name, leaf in leaves.items():
+                expected = tree["layers"][part][name][layer]
+                assert leaf.dtype == (jnp.float32 if name == "norm" else jnp.bfloat16)
+                np.testing.assert_array_equal(leaf, expected.astype(leaf.dtype))
+    assert (found["norm"].dtype, found["head"].dtype, found["embedding"].dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
 
 
 # --- precision --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from natfp_jax import flops, pace
 from natfp_jax.config import Data, Experiment, Model
-from natfp_jax.pace import Pace
+from natfp_jax.pace import Pace, TextPace
 
 EXPERIMENT = Experiment(model=Model(width=32, layers=2, heads=4), data=Data(seq_len=32, windows=64, batch=8))
 
@@ -39,3 +39,22 @@ def test_every_minute_says_its_own_pace():
 @pytest.mark.parametrize("times", [[], [1.0]])
 def test_nothing_is_said_of_nothing(times):
     assert said(times) == []
+
+
+def test_texts_and_tokens_are_said_every_minute_with_the_time_left_and_at_the_end():
+    lines, clock = [], iter([0.0, 30.0, 80.0, 100.0, 200.0, 200.0])
+    with TextPace(lines.append, 1000, lambda: next(clock)) as found:
+        for texts, tokens in ((100, 1000), (100, 3000), (300, 6000), (500, 10_000)):
+            found.drawn(texts, tokens)
+    assert lines == [
+        "200 of 1,000 texts: 2 texts/s, 50 tokens/s, 0:05:20 left",
+        "1,000 of 1,000 texts: 5 texts/s, 100 tokens/s, 0:00:00 left",
+        "1,000 texts at 5 texts/s, 100 tokens/s",
+    ]
+
+
+def test_nothing_is_said_of_texts_that_were_not_drawn():
+    lines = []
+    with pytest.raises(KeyError), TextPace(lines.append, 10):
+        raise KeyError
+    assert lines == []

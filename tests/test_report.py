@@ -41,6 +41,9 @@ def row(classes, accuracy=0.5, p_value=0.5, p_holm=1.0, ceiling=0.95, **fields):
         "name": "init 0 vs 1",
         "factor": "init",
         "checkpoint": 200,
+        "temperature": 1.0,
+        "new_tokens": 48,
+        "setting": "",
         "draws": ["a.step200.draw0", "b.step200.draw0"],
         "classifier": "subwords",
         "classes": list(classes),
@@ -66,8 +69,8 @@ def summary_of(study=SMALL, change=None, **fields):
     """A summary as `summarise` makes it, of made-up results; `change` may alter each row."""
     rows = []
     for one in comparisons(study):
-        names = [f"{draw.arm}.step{draw.step}.draw{draw.number}" for draw in one.draws]
-        known = {"name": one.name, "factor": one.factor, "checkpoint": one.step, "draws": names}
+        names = [draw.name for draw in one.draws]
+        known = {"name": one.name, "factor": one.factor, "checkpoint": one.step, "draws": names, "setting": one.setting}
         found = {"ceiling": 0.5} if one.factor == "null" else {}
         if one.factor == "order":
             found = {"accuracy": 0.581, "p_value": 0.0001, "p_holm": 0.002}
@@ -119,7 +122,7 @@ CORPUS = {"name": TEXT, "sha256": TEXT, "tokens": int}
 HASHES = dict.fromkeys(("fingerprint", "init_hash", "order_hash", "final_hash"), TEXT)
 ARM = {"id": TEXT, "seeds": dict, "val_loss": NUMBER, "steps": int, "tokens": int, "skipped": list, **HASHES}
 ROW = {
-    **dict.fromkeys(("name", "factor", "classifier"), TEXT),
+    **dict.fromkeys(("name", "factor", "classifier", "setting"), TEXT),
     **dict.fromkeys(("draws", "classes", "ci95"), list),
     **dict.fromkeys(("checkpoint", "test_texts", "test_prompts"), int),
     **dict.fromkeys(("accuracy", "chance", "p_value", "p_holm", "auc", "bits_per_text", "ceiling"), NUMBER),
@@ -226,7 +229,7 @@ def work(tmp_path, monkeypatch):
         check_trained=lambda: None,
         progress=_Said(),
         run_of=runs.__getitem__,
-        draw_path=lambda one: folder / "draws" / f"{one.arm}.step{one.step}.draw{one.number}.parquet",
+        draw_paths=lambda one: [folder / "draws" / name for name in one.files(2000, 16_384)],
     )
 
 
@@ -520,7 +523,13 @@ def test_the_library_leaves_no_global_figure_behind():
 # --- status -----------------------------------------------------------------------------------------------------------
 
 
-STATUS = replace(SMALL, twin=None, run=Run(checkpoints=(0.5,)), attribution=Attribution())
+STATUS = replace(
+    SMALL,
+    twin=None,
+    run=Run(checkpoints=(0.5,)),
+    sampling=replace(SMALL.sampling, file_texts=1500),
+    attribution=Attribution(),
+)
 
 
 @pytest.fixture
@@ -568,11 +577,11 @@ def test_status_follows_a_study_from_its_first_file_to_its_report(tree):
         assert states(tree, name)[1] == "done"
         assert "running, 0 of" in states(tree, name)[2]
         for one in draws(STATUS):
-            path = folder / "draws" / f"{one.arm}.step{one.step}.draw{one.number}.parquet"
-            path.parent.mkdir(exist_ok=True)
-            path.touch()
-            assert states(tree, one.arm)[2].startswith("running, ")
-            texts.sealed(path).touch()
+            for path in [folder / "draws" / name for name in one.files(2000, 1500)]:
+                path.parent.mkdir(exist_ok=True)
+                path.touch()
+                assert states(tree, one.arm)[2].startswith("running, ")
+                texts.sealed(path).touch()
         assert states(tree, name) == ["done", "done", "done"]
         assert "attribute running\nreport    missing" in re.sub(" +\n *", "\n", shown(tree))
     assert "attribute missing" in shown(tree)

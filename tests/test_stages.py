@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -20,18 +21,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
-from natfp_jax import config, files, lineage, lock, mesh, processes, stages, stats, texts
+from natfp_jax import config, drawing, files, lineage, lock, mesh, processes, stages, stats, texts
 from natfp_jax.audit import audit
-from natfp_jax.ceiling import log_likelihood
+from natfp_jax.ceiling import log_likelihoods
 from natfp_jax.config import Attribution, Corpus, Data, Experiment, Factor, Model, Perturb, Run, Sampling, Stories, Study
 from natfp_jax.errors import Damaged, Stopped, UserError
 from natfp_jax.params import flatten
 from natfp_jax.progress import Progress
 from natfp_jax.report import report
-from natfp_jax.sample import Strategy
 from natfp_jax.stages import Work
 from natfp_jax.stopping import STOPPED, Stop
 from natfp_jax.study import Draw, draws
@@ -47,7 +46,7 @@ STUDY = Study(
     factors=(Factor("seeds.init", (0, 1)),),
     twin=Perturb(parameter="embedding", index=50, ulps=1),
     run=Run(log_every=4, validation_windows=16),
-    sampling=Sampling(prompts=150, prompt_chars=20, new_tokens=8, batch=64, checkpoints=(0.5, 1.0)),
+    sampling=Sampling(prompts=150, prompt_chars=20, new_tokens=8, batch=64, file_texts=60, checkpoints=(0.5, 1.0)),
     attribution=Attribution(classifiers=("subwords",)),
 )
 
@@ -137,20 +136,26 @@ def test_every_draw_is_of_its_prompts_and_its_weights(finished):
     wanted = draws(STUDY)
     assert len(wanted) == 2 * 4
     for one in wanted:
-        table = texts.read(made.draw_path(one)).to_pydict()
+        table = texts.read_all(made.draw_paths(one)).to_pydict()
         assert table["arm"] == [one.arm] * 150
         assert table["checkpoint"] == [one.step] * 150
         assert table["draw"] == [one.number] * 150
-        assert table["prompt"] == [prompt.text for prompt in made.prompts]
-        assert table["prompt_id"] == [prompt.id for prompt in made.prompts]
-        assert table["document_id"] == [prompt.document for prompt in made.prompts]
+        assert table["temperature"] == [1.0] * 150
+        assert table["prompt"] == made.prompts.texts
+        assert table["prompt_id"] == made.prompts.ids
+        assert table["document_id"] == made.prompts.documents
         assert table["text"] == [tokenizer.decode(ids) for ids in table["ids"]]
+        assert [len(log_p) for log_p in table["log_probabilities"]] == [len(ids) for ids in table["ids"]]
+        assert all(np.isfinite(log_p).all() and max(log_p) <= 0 for log_p in table["log_probabilities"])
         assert all(1 <= len(ids) <= 8 and max(ids) < tokenizer.size for ids in table["ids"])
-        record = texts.read_record(made.draw_path(one))
-        assert record["inputs"]["weights"] == made.run_of(one.arm).record(one.step)["weights"]
-        assert record["fingerprint"] == made.identities[one.arm].fingerprint
-        assert record["settings"] == {"new_tokens": 8, "temperature": 1.0, "top_k": None, "top_p": 1.0, "seed": 0}
-    tables = [texts.read(made.draw_path(one))["ids"].to_pylist() for one in wanted]
+        paths = made.draw_paths(one)
+        assert [texts.read(path).num_rows for path in paths] == [60, 60, 30]
+        for record in map(texts.read_record, paths):
+            assert record["inputs"]["weights"] == made.run_of(one.arm).record(one.step)["weights"]
+            assert record["fingerprint"] == made.identities[one.arm].fingerprint
+            drawn_by = {"new_tokens": 8, "temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, "greedy": False}
+            assert record["settings"] == {**drawn_by, "repetition_penalty": 1.0, "cache": None, "seed": 0}
+    tables = [texts.read_all(made.draw_paths(one))["ids"].to_pylist() for one in wanted]
     for i, one in enumerate(tables):  # the twin's weights are nearly the base arm's, and the null's are them; noise is not
         for other in tables[:i]:
             assert np.mean([a == b for a, b in zip(one, other, strict=True)]) < 0.1
@@ -160,10 +165,9 @@ def test_every_result_has_its_numerics_record(finished):
     made = work(finished)
     expected = lineage.numerics(made.devices)
     assert expected["mesh"] == {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1}
-    width = -(-max(map(len, made.prompt_ids)) // 8) * 8
     for one in draws(STUDY):
-        record = texts.read_record(made.draw_path(one))["numerics"]
-        assert record == {**expected, "batch": 64, "prompt_slots": width}
+        for path in made.draw_paths(one):
+            assert texts.read_record(path)["numerics"] == {**expected, "rows": 64}
     for arm in made.arms:
         assert [made.run_of(arm).record(step)["numerics"]["batch"] for step in (0, 8, 16)] == [8] * 3
         assert made.run_of(arm).record(16)["numerics"].items() >= expected.items()
@@ -190,16 +194,17 @@ def test_the_ceiling_is_the_accuracy_of_the_likelihood_on_the_test_texts(finishe
     made = work(finished)
     rows = files.read_json(finished / "studies" / "tiny" / "attribution.json")["comparisons"]
     assert len(rows) == 2 * 3
-    parts = stats.split([prompt.document for prompt in made.prompts], 0, validation=0.1, test=0.4)
+    parts = stats.split(made.prompts.documents, 0, validation=0.1, test=0.4)
     test = np.flatnonzero(parts == "test")
-    prompts = [made.prompt_ids[i] for i in test]
+    encoded = made.prompts.encoded(made.store.tokenizer)
+    prompts = [encoded[i] for i in test]
 
     def likelihood(arm, step, table):
         experiment = made.arms[arm].experiment
         params = load_params(made.run_of(arm), step, experiment, made.store, made.devices)
         ids = table["ids"].to_pylist()
         continuations, size = [ids[i] for i in test], made.store.tokenizer.size
-        return log_likelihood(params, prompts, continuations, experiment.model, Strategy(), size, 64, made.devices)
+        return log_likelihoods(params, prompts, continuations, experiment.model, (), size, 64, made.devices).sum(axis=1)
 
     for row in rows:
         if row["factor"] == "null":
@@ -209,8 +214,9 @@ def test_the_ceiling_is_the_accuracy_of_the_likelihood_on_the_test_texts(finishe
             continue
         right = []
         for own, other in (("init0", "init1"), ("init1", "init0")):
-            table = texts.read(made.draw_path(Draw(own, row["checkpoint"])))
-            recorded = table["log_probability"].to_numpy()[test]
+            table = texts.read_all(made.draw_paths(Draw(own, row["checkpoint"])))
+            each = table["log_probabilities"].to_pylist()
+            recorded = np.array([math.fsum(each[i]) for i in test])
             mine, others = (likelihood(arm, row["checkpoint"], table) for arm in (own, other))
             np.testing.assert_allclose(recorded, mine, atol=1e-3)
             right += (recorded > others).tolist()
@@ -229,8 +235,8 @@ def test_no_classifier_beats_the_ceiling_of_a_study(finished):
 
 def test_a_finished_study_is_left_as_it_is(copy, monkeypatch):
     before = tree(copy)
-    for name in ("train", "draw", "log_likelihood"):  # nor is anything computed
-        monkeypatch.setattr(stages, name, None)
+    for module, name in ((stages, "train"), (drawing, "draw"), (stages, "log_likelihoods")):  # nor is anything computed
+        monkeypatch.setattr(module, name, None)
     everything(copy)
     assert tree(copy) == before
 
@@ -254,9 +260,69 @@ def test_a_study_that_is_stopped_after_each_stage_goes_on_from_there(copy, finis
     assert results(copy) == results(finished)
 
 
+SWEEP = replace(
+    STUDY,
+    name="sweep",
+    sampling=replace(STUDY.sampling, temperature=(1.0, 0.5), new_tokens=(8, 3), checkpoints=(1.0,), prompts=90, file_texts=50),
+)
+
+
+def test_several_temperatures_and_lengths_are_drawn_and_attributed(copy):
+    made = everything(copy, SWEEP)
+    rows = files.read_json(made.folder / "attribution.json")["comparisons"]
+    assert len(rows) == 4 * 3
+    assert {(row["temperature"], row["new_tokens"]) for row in rows} == {(t, n) for t in (1.0, 0.5) for n in (3, 8)}
+    for row in rows:
+        assert row["setting"] == f"temperature {row['temperature']}, {row['new_tokens']} tokens"
+        assert all(f".t{row['temperature']}." in name for name in row["draws"])
+    drawn = {one: texts.read_all(made.draw_paths(one)).to_pydict() for one in draws(SWEEP)}
+    assert len(drawn) == 2 * 4
+    for one, table in drawn.items():
+        assert max(map(len, table["ids"])) == 8
+        assert table["temperature"] == [one.temperature] * 90
+    # A cooler draw is more likely under its own distribution, and has noise of its own.
+    warm, cool = (drawn[Draw("init0", 16, 0, temperature)] for temperature in (1.0, 0.5))
+    mean = [np.mean([log_p for each in table["log_probabilities"] for log_p in each]) for table in (warm, cool)]
+    assert mean[0] < mean[1] - 0.1
+    assert np.mean([a == b for a, b in zip(warm["ids"], cool["ids"], strict=True)]) < 0.1
+    for null in [row for row in rows if row["factor"] == "null"]:
+        assert null["ceiling"] == 0.5
+    page = (made.folder / "report" / "report.md").read_text()
+    assert "null of init0, temperature 0.5, 3 tokens" in page
+    before = tree(copy)
+    everything(copy, SWEEP)
+    assert tree(copy) == before
+
+
+def test_the_ceiling_of_a_length_is_that_of_the_beginnings(copy):
+    """Of three tokens: what a study that draws three alone finds."""
+    short = replace(SWEEP, name="short", sampling=replace(SWEEP.sampling, new_tokens=3))
+    both = [everything(copy, study).folder for study in (SWEEP, short)]
+    many, few = (files.read_json(path / "attribution.json")["comparisons"] for path in both)
+    some = [row for row in many if row["new_tokens"] == 3]
+    assert len(some) == len(few) == 6
+    for one, other in zip(some, few, strict=True):
+        named = {"draws", "setting", "p_value", "p_holm", "ci95", "ceiling_ci95"}  # streams have the name in them
+        assert {k: v for k, v in one.items() if k not in named} == {k: v for k, v in other.items() if k not in named}
+
+
+def test_prompts_of_a_file(copy, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"Number {number} of them\n" for number in range(80)))
+    sampling = replace(STUDY.sampling, prompts=70, prompt_file=str(path), checkpoints=(1.0,))
+    made = everything(copy, replace(STUDY, name="given", sampling=sampling))
+    table = texts.read_all(made.draw_paths(Draw("init0", 16))).to_pydict()
+    assert table["prompt"] == [f"Number {number} of them" for number in range(70)]
+    with open(path, "a") as file:
+        file.write("another\n")
+    everything(copy, replace(STUDY, name="given", sampling=sampling))  # what is not asked for does not matter
+    path.write_text(path.read_text().replace("Number 5 ", "Number five "))
+    refused(copy, "was drawn from prompts", study=replace(STUDY, name="given", sampling=sampling))
+
+
 @pytest.mark.parametrize("lost", ["parquet", "manifest.json"])
 def test_a_lost_draw_is_drawn_again(copy, finished, lost):
-    path = copy / "studies" / "tiny" / "draws" / f"init0.step8.draw1.{lost}"
+    path = copy / "studies" / "tiny" / "draws" / f"init0.step8.draw1-00001-of-00003.{lost}"
     path.unlink()
     with pytest.raises(UserError, match="natfp sample"):
         work(copy).attribute()
@@ -396,7 +462,7 @@ def test_two_studies_below_one_folder_share_runs(copy):
     assert len(list((copy / "runs").iterdir())) == 3 + 1
     # the same weights, prompts, settings and draw number: the same texts
     one, same = (
-        pq.read_table(copy / "studies" / name / "draws" / f"{arm}.step16.draw1.parquet").drop_columns(["arm"])
+        texts.read_all(sorted((copy / "studies" / name / "draws").glob(f"{arm}.step16.draw1-*.parquet"))).drop_columns(["arm"])
         for name, arm in (("tiny", "init0"), ("other", "order0"))
     )
     assert one.equals(same)
@@ -436,14 +502,14 @@ def test_where_a_study_runs_is_no_part_of_it(copy):
 def test_a_draw_of_other_weights_is_refused(copy):
     folder = copy / "studies" / "tiny" / "draws"
     for name in ("parquet", "manifest.json"):
-        shutil.copy(folder / f"init1.step16.draw0.{name}", folder / f"init0.step16.draw0.{name}")
+        shutil.copy(folder / f"init1.step16.draw0-00000-of-00003.{name}", folder / f"init0.step16.draw0-00000-of-00003.{name}")
     made = work(copy)
     its, mine = (made.run_of(arm).record(16)["weights"] for arm in ("init1", "init0"))
-    refused(copy, str(folder / "init0.step16.draw0.parquet"), f"was drawn from weights {its}, expected {mine}")
+    refused(copy, str(folder / "init0.step16.draw0-00000-of-00003.parquet"), f"was drawn from weights {its}, expected {mine}")
 
 
 def test_a_draw_of_other_settings_is_refused(copy):
-    path = copy / "studies" / "tiny" / "draws" / "init0.step16.draw0.parquet"
+    path = copy / "studies" / "tiny" / "draws" / "init0.step16.draw0-00000-of-00003.parquet"
     record = texts.read_record(path)
     changed = {**record, "inputs": {**record["inputs"], "settings": "f" * 64}}
     texts.write(path, texts.read(path).to_pydict(), changed)
@@ -453,7 +519,7 @@ def test_a_draw_of_other_settings_is_refused(copy):
 @pytest.mark.parametrize("name", ["parquet", "manifest.json"])
 def test_a_damaged_draw_is_not_attributed_and_is_drawn_again_once_it_is_set_aside(copy, finished, name):
     (copy / "studies" / "tiny" / "attribution.json").unlink()
-    path = copy / "studies" / "tiny" / "draws" / f"init0.step16.draw0.{name}"
+    path = copy / "studies" / "tiny" / "draws" / f"init0.step16.draw0-00000-of-00003.{name}"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     with pytest.raises(Damaged) as caught:
@@ -474,7 +540,7 @@ def test_a_damaged_checkpoint_is_not_sampled_from_and_is_trained_again_once_it_i
     data = bytearray(arrays.read_bytes())
     data[len(data) // 2] ^= 1
     arrays.write_bytes(data)
-    for path in (made.draw_path(Draw("init1", 16)), copy / "studies" / "tiny" / "attribution.json"):
+    for path in (*made.draw_paths(Draw("init1", 16)), copy / "studies" / "tiny" / "attribution.json"):
         path.unlink()
     before = tree(copy)
     with pytest.raises(Damaged) as caught:
@@ -492,7 +558,7 @@ def test_a_checkpoint_that_lost_a_part_is_damaged(copy, finished, name):
     step = work(copy).run_of("init1").checkpoints / "16"
     shutil.rmtree(step / name) if (step / name).is_dir() else (step / name).unlink()
     (copy / "studies" / "tiny" / "attribution.json").unlink()
-    work(copy).draw_path(Draw("init1", 16)).unlink()
+    work(copy).draw_paths(Draw("init1", 16))[2].unlink()
     # Nothing asks for the optimiser's state of a run that is done.
     assert mended(copy) == ([] if name == "optimiser" else [step.relative_to(copy).as_posix()])
     assert results(copy) == results(finished)
@@ -622,7 +688,7 @@ def test_the_ceiling_of_orders_is_exactly_half_before_the_first_step(grid):
 
 def test_draws_of_equal_weights_share_no_noise(grid):
     """At step 0 the orders differ in nothing but whose draws they are."""
-    drawn = {one: texts.read(grid.draw_path(one))["ids"].to_pylist() for one in draws(GRID)}
+    drawn = {one: texts.read_all(grid.draw_paths(one))["ids"].to_pylist() for one in draws(GRID)}
     assert len(drawn) == 2 * 5
     for one, its in drawn.items():
         for other, theirs in drawn.items():
@@ -670,7 +736,7 @@ def test_the_summary_names_hashes_amounts_and_every_comparison(grid):
 
 def test_swapped_draws_are_refused(copy):
     made = work(copy)
-    paths = [made.draw_path(Draw(arm, 16)) for arm in ("init0", "init1")]
+    paths = [made.draw_paths(Draw(arm, 16))[1] for arm in ("init0", "init1")]
     for one, other in (paths, map(texts.sealed, paths)):
         between = one.with_name("between")
         for old, new in ((one, between), (other, one), (between, other)):

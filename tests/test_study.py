@@ -183,7 +183,7 @@ def test_classes_have_equally_many_draws_and_controls_stand_at_every_checkpoint(
     assert len({(c.name, c.step) for c in found}) == len(found)
     for step in steps:
         (null,) = (c for c in found if c.step == step and c.factor == "null")
-        assert [tuple(draw) for draw in null.draws] == [(base, step, 0), (base, step, 1)]
+        assert [tuple(draw) for draw in null.draws] == [(base, step, 0, None), (base, step, 1, None)]
         twins = [c for c in found if c.step == step and c.factor == "twin"]
         assert len(twins) == (study.twin is not None)
         for twin in twins:
@@ -292,6 +292,32 @@ def test_near_fractions_of_few_steps_are_compared_once():
     found = comparisons(study)
     assert len({tuple(comparison.draws) for comparison in found}) == len(found)
     assert {comparison.factor for comparison in found} == {"batch", "null"}
+
+
+def test_temperatures_are_drawn_each_and_lengths_share_their_texts():
+    factors = (Factor("seeds.init", (0, 1)),)
+    one, several = (
+        Study(name="sweep", factors=factors, sampling=Sampling(temperature=temperature, new_tokens=tokens))
+        for temperature, tokens in ((0.7, 32), ((1.0, 0.7, 1.0), (32, 8)))
+    )
+    found = comparisons(several)
+    assert [c.name for c in found] == [c.name for c in comparisons(one)] * 4
+    settings = [
+        "temperature 1.0, 8 tokens",
+        "temperature 1.0, 32 tokens",
+        "temperature 0.7, 8 tokens",
+        "temperature 0.7, 32 tokens",
+    ]
+    assert list(dict.fromkeys(c.setting for c in found)) == settings
+    assert len(draws(several)) == 2 * len(draws(one)), "lengths need no draws of their own"
+    for comparison in found:
+        (warmth,) = {draw.temperature for draw in comparison.draws}
+        assert f"temperature {warmth}, {comparison.length} tokens" == comparison.setting
+    assert {(c.length, c.setting) for c in comparisons(one)} == {(32, "")}
+    names = [name for draw in draws(several) for name in draw.files(100, 40)]
+    assert len(set(names)) == len(names) == 3 * len(draws(several))
+    assert names[0] == "init0.step200.t1.0.draw0-00000-of-00003.parquet"
+    assert draws(one)[0].files(80, 40)[1] == "init0.step200.draw0-00001-of-00002.parquet"
 
 
 @pytest.mark.parametrize("path", ["corpus.vocabulary", "corpus.prompt_fraction", "corpus.tokenizer_bytes"])

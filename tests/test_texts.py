@@ -16,30 +16,32 @@ COLUMNS = {
     "draw": [1, 1, 1],
     "arm": ["init0"] * 3,
     "checkpoint": [16] * 3,
+    "temperature": [0.8] * 3,
     "prompt_id": [0, 2**63, 2**64 - 1],
     "document_id": ["a1", "a1", "ff"],
     "prompt": ["One upon a", "", "ünï\ncode \N{GRINNING FACE}\0"],
     "text": [" time\N{REPLACEMENT CHARACTER}", "", "x" * 5000],
     "ids": [[5, 0], [0], list(range(3000))],
-    "log_probability": [-1.5, -0.25, -1e4],
+    "log_probabilities": [[-1.5, -0.25], [-1e4], [-0.5] * 3000],
 }
 RECORD = {"inputs": {"weights": "abc", "settings": "def"}, "settings": {"top_k": None}, "numerics": {"mesh": {"data": 8}}}
 TYPES = {
     "draw": "int32",
     "arm": "string",
     "checkpoint": "int64",
+    "temperature": "double",
     "prompt_id": "uint64",
     "document_id": "string",
     "prompt": "string",
     "text": "string",
     "ids": "list<element: int32>",
-    "log_probability": "float",
+    "log_probabilities": "list<element: float>",
 }
 
 
 @pytest.fixture
 def path(tmp_path):
-    path = tmp_path / "draws" / "init0.step16.draw1.parquet"
+    path = tmp_path / "draws" / "init0.step16.draw1-00000-of-00001.parquet"
     texts.write(path, COLUMNS, RECORD)
     return path
 
@@ -48,7 +50,7 @@ def test_what_is_written_is_read(path):
     assert texts.read(path).to_pydict() == COLUMNS
     assert texts.read_record(path) == RECORD
     assert texts.read(path, ["ids", "arm"]).column_names == ["ids", "arm"]
-    assert texts.sealed(path) == path.parent / "init0.step16.draw1.manifest.json"
+    assert texts.sealed(path) == path.parent / "init0.step16.draw1-00000-of-00001.manifest.json"
     assert sorted(path.parent.iterdir()) == [texts.sealed(path), path]
     texts.verify(path)
 
@@ -161,9 +163,10 @@ def test_hugging_face_datasets_loads_equal_values(path, tmp_path, monkeypatch):
         monkeypatch.setenv(name, "1")
     loaded = datasets.load_dataset("parquet", data_files=str(path), cache_dir=str(tmp_path / "cache"), split="train")
     assert loaded.to_dict() == COLUMNS
-    kinds = {name: str(feature.dtype) for name, feature in loaded.features.items() if name != "ids"}
-    assert kinds == {name: kind.replace("float", "float32") for name, kind in TYPES.items() if name != "ids"}
-    assert loaded.features["ids"].feature.dtype == "int32"
+    lists = {"ids": "int32", "log_probabilities": "float32"}
+    kinds = {name: str(feature.dtype) for name, feature in loaded.features.items() if name not in lists}
+    assert kinds == {name: kind.replace("double", "float64") for name, kind in TYPES.items() if name not in lists}
+    assert {name: loaded.features[name].feature.dtype for name in lists} == lists
 
 
 def refused(call, *args):

@@ -11,13 +11,14 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 
 from natfp_jax.datasets.builder import TextBuilder
 from natfp_jax.errors import UserError
 
-__all__ = ["TextFolder"]
+__all__ = ["TextFolder", "jsonl", "lines", "text_of"]
 
 _SUFFIXES = tuple(kind + packing for kind in (".txt", ".jsonl") for packing in ("", ".gz", ".zst"))
 _SURROGATE = re.compile("[\ud800-\udfff]")  # which UTF-8 cannot hold
@@ -59,25 +60,54 @@ class TextFolder(TextBuilder):
             raise UserError(f"text folder {self._path} has files but no text in them: put texts there")
 
     def _jsonl(self, name: str, file: Path) -> Iterator[tuple[str, str]]:
-        for number, line in enumerate(_lines(file), 1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
+        for number, record in jsonl(file):
+            yield f"{name}:{number}", text_of(record, self._text_key, f"{file}, line {number}", "the source's text_key")
+
+
+def lines(file: Path) -> Iterator[str]:
+    """The lines of a text file, also as .gz and .zst.
+
+    Raises:
+      UserError: it cannot be read to its end, or is not UTF-8.
+    """
+    for number, line in enumerate(_lines(file), 1):
+        yield _decoded(line, f"{file}, line {number}")
+
+
+def jsonl(file: Path) -> Iterator[tuple[int, Any]]:
+    """The number of each line that is not empty, and its value.
+
+    Raises:
+      UserError: one is not JSON, or the file cannot be read to its end.
+    """
+    for number, text in enumerate(lines(file), 1):
+        if text.strip():
             try:
-                record = json.loads(_decoded(line, where))
+                yield number, json.loads(text)
             except json.JSONDecodeError as error:
-                raise UserError(f"{where} is not JSON ({error.msg}): each line must be one JSON object") from None
-            if not isinstance(record, dict) or not isinstance(record.get(self._text_key), str):
-                got = f"fields {', '.join(record) or 'none'}" if isinstance(record, dict) else type(record).__name__
-                raise UserError(f"{where}: no text in field {self._text_key!r} (got {got}): set the source's text_key")
-            text = record[self._text_key]
-            if _SURROGATE.search(text):
-                raise UserError(f"{where}: half of a surrogate pair, which UTF-8 cannot hold: mend or remove the line")
-            yield f"{name}:{number}", text
+                raise UserError(f"{file}, line {number} is not JSON ({error.msg}): each line must be one JSON object") from None
+
+
+def text_of(record: Any, key: str, where: str, setting: str) -> str:
+    """The text in a field of a record.
+
+    Args:
+      setting: what says which field it is.
+
+    Raises:
+      UserError: there is none, or it is no whole text.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get(key), str):
+        got = f"fields {', '.join(record) or 'none'}" if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{where}: no text in field {key!r} (got {got}): set {setting}")
+    text: str = record[key]
+    if _SURROGATE.search(text):
+        raise UserError(f"{where}: half of a surrogate pair, which UTF-8 cannot hold: mend or remove the line")
+    return text
 
 
 def _txt(file: Path) -> str:
-    return "".join(_decoded(line, f"{file}, line {number}") for number, line in enumerate(_lines(file), 1))
+    return "".join(lines(file))
 
 
 def _opened(file: Path) -> io.BufferedIOBase:

@@ -1,0 +1,123 @@
+"""The sample stage: which draws of a study are made side by side, and what is written of them.
+
+Owns the way from a study's missing files to the sampler and back. Must not know how a token is drawn.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from natfp_jax import files, mesh, processes, texts
+from natfp_jax.lineage import numerics
+from natfp_jax.pace import TextPace
+from natfp_jax.params import Params
+from natfp_jax.prompts import Prompts
+from natfp_jax.sample import Programs, draw_key, programs_of, rows_for, slots_for
+from natfp_jax.strategy import called, strategy_of
+from natfp_jax.study import Draw
+from natfp_jax.train import load_params
+from natfp_jax.turns import Drawn, draw
+from natfp_jax.workspace import Workspace
+
+__all__ = ["sample"]
+
+Told = Callable[[int, int], None]  # of texts that have ended, and of tokens that were drawn
+
+
+def sample(work: Workspace) -> None:
+    """Draws what is missing.
+
+    Raises:
+      UserError: an arm is not trained, or a file was drawn from something else.
+      Damaged: a checkpoint is not what was saved.
+    """
+
+    def wanted() -> list[Any]:
+        work.check_trained()
+        return [[*one, numbers] for one, numbers in work.missing_files().items()]
+
+    missing = {Draw(*one): tuple(numbers) for *one, numbers in processes.led(wanted)}
+    if not missing:
+        return
+    each = work.study.sampling.file_texts
+    count = sum(len(work.prompts.part(number * each, each)) for numbers in missing.values() for number in numbers)
+    with (
+        work.timed("sample") as amounts,
+        work.progress.task("sample", count, "texts") as advance,
+        TextPace(work.progress.say, count) as pace,
+    ):
+
+        def told(texts: int, tokens: int) -> None:
+            advance(texts)
+            pace.drawn(texts, tokens)
+
+        for some in _side_by_side(work, missing):
+            _draw(work, some, missing[some[0]], told)
+        amounts.update(texts=pace.texts, tokens=pace.tokens)
+
+
+def _side_by_side(work: Workspace, missing: dict[Draw, tuple[int, ...]]) -> Iterator[list[Draw]]:
+    """Draws that lack the same files, of models of one shape at one temperature: as many as `replica` has places."""
+    groups: dict[Any, list[Draw]] = {}
+    for one, numbers in missing.items():
+        groups.setdefault((work.arms[one.arm].experiment.model, one.temperature, numbers), []).append(one)
+    places = work.devices.shape["replica"]
+    for group in groups.values():
+        yield from (group[first : first + places] for first in range(0, len(group), places))
+
+
+def _rows(work: Workspace) -> int:
+    """Texts that a device draws together: the same for all arms, since bits depend on it."""
+    sampling, padded = work.study.sampling, work.store.tokenizer.padded_size
+    if sampling.batch is not None:
+        return sampling.batch
+    slots = slots_for(work.longest_prompt) + slots_for(sampling.lengths[-1])
+    memory = processes.led(lambda: mesh.device_memory(work.devices))
+    texts = min(len(work.prompts), sampling.file_texts)
+    models = {arm.experiment.model for arm in work.arms.values()}
+    return min(rows_for(model, padded, slots, texts, work.devices, memory, sampling.cache) for model in models)
+
+
+def _draw(work: Workspace, some: list[Draw], numbers: Sequence[int], told: Told) -> None:
+    sampling, tokenizer, temperature = work.study.sampling, work.store.tokenizer, work.temperature_of(some[0])
+    model, strategy = work.arms[some[0].arm].experiment.model, strategy_of(sampling, temperature)
+    sizes = tokenizer.size, tokenizer.padded_size, tokenizer.eos_id, _rows(work)
+    programs = programs_of(model, strategy, *sizes, work.devices, sampling.cache)
+    weights = programs.weights([partial(_weights, work, one) for one in some])
+    named = called(sampling, temperature)
+    keys = [draw_key(sampling.seed, work.identities[one.arm].fingerprint, one.step, named, one.number) for one in some]
+    for number in numbers:
+        prompts = work.prompts.part(number * sampling.file_texts, sampling.file_texts)
+        found = draw(programs, weights, keys, prompts.ids, prompts.encoded(tokenizer), sampling.lengths[-1], told)
+        for one, drawn in zip(some, found, strict=True):
+            processes.led(partial(_write, work, one, number, prompts, drawn, programs))
+
+
+def _weights(work: Workspace, one: Draw) -> Params:
+    arm = work.arms[one.arm]
+    return load_params(work.run_of(arm.id), one.step, arm.experiment, work.store_of(arm), work.devices)
+
+
+def _write(work: Workspace, one: Draw, number: int, prompts: Prompts, drawn: Drawn, programs: Programs) -> None:
+    n, each = len(prompts), list(zip(drawn.id_NW, drawn.log_p_NW, drawn.length_N.tolist(), strict=True))
+    continuations = [ids[:length].tolist() for ids, _, length in each]
+    columns = {
+        "draw": [one.number] * n,
+        "arm": [one.arm] * n,
+        "checkpoint": [one.step] * n,
+        "temperature": [work.temperature_of(one)] * n,
+        "prompt_id": prompts.ids,
+        "document_id": prompts.documents,
+        "prompt": prompts.texts,
+        "text": work.store.tokenizer.decode_batch(continuations),
+        "ids": continuations,
+        "log_probabilities": [log_p[:length] for _, log_p, length in each],
+    }
+    record = {
+        "fingerprint": work.identities[one.arm].fingerprint,
+        "inputs": work.draw_inputs(one),
+        "settings": work.draw_settings(one),
+        "texts": files.hash_json(continuations),
+        "numerics": numerics(work.devices, rows=programs.rows),
+    }
+    texts.write(work.draw_paths(one)[number], columns, record)
