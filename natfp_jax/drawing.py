@@ -12,7 +12,7 @@ from natfp_jax.lineage import numerics
 from natfp_jax.pace import TextPace
 from natfp_jax.params import Params
 from natfp_jax.prompts import Prompts
-from natfp_jax.sample import Programs, draw_key, programs_of, rows_for, slots_for
+from natfp_jax.sample import Programs, draw_key, new_slots_for, programs_of, rows_for, slots_for
 from natfp_jax.strategy import called, strategy_of
 from natfp_jax.study import Draw
 from natfp_jax.train import load_params
@@ -71,7 +71,7 @@ def _rows(work: Workspace) -> int:
     sampling, padded = work.study.sampling, work.store.tokenizer.padded_size
     if sampling.batch is not None:
         return sampling.batch
-    slots = slots_for(work.longest_prompt) + slots_for(sampling.lengths[-1])
+    slots = slots_for(work.longest_prompt) + new_slots_for(sampling.lengths[-1])
     memory = processes.led(lambda: mesh.device_memory(work.devices))
     texts = min(len(work.prompts), sampling.file_texts)
     models = {arm.experiment.model for arm in work.arms.values()}

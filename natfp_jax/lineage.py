@@ -20,6 +20,7 @@ import numpy as np
 from natfp_jax import __version__, config, processes
 from natfp_jax.config import Experiment
 from natfp_jax.files import hash_file, hash_json
+from natfp_jax.mesh import cores
 from natfp_jax.params import Params, flatten
 
 __all__ = ["Identity", "code", "identity", "numerics", "weight_hash"]
@@ -78,7 +79,7 @@ def numerics(mesh: jax.sharding.Mesh, **shapes: Any) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         # Sums over a host's own devices and sums between processes are taken in another order.
         "collectives": ("processes" if jax.distributed.is_initialized() else "host") if mesh.size > 1 else "none",
-        "cpu_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_threads": cores(),
         # Without the number of devices that a host's CPU stands for: the mesh says it, and processes share it in many ways.
         "xla_flags": re.sub(r"\s*--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")).strip(),
         "matmul_precision": str(jax.config.values["jax_default_matmul_precision"]),

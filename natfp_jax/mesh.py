@@ -25,6 +25,7 @@ __all__ = [
     "check_batch",
     "check_params",
     "constrain",
+    "cores",
     "device_memory",
     "lay",
     "make",
@@ -121,6 +122,11 @@ def device_memory(mesh: jax.sharding.Mesh) -> int:
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _CONTAINER.read_text().strip() if _CONTAINER.exists() else "max"
     return min(host, host if limit == "max" else int(limit)) // len(local)
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def lay(tree: Any, sharding: NamedSharding) -> Any:

@@ -11,7 +11,7 @@ Letters: R draws side by side over `replica`, B rows, P slots of the prompt, S o
 it.
 """
 
-import functools
+import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
@@ -29,12 +29,14 @@ from natfp_jax.params import Params, Spec, abstract, count, dims, nest, table
 from natfp_jax.strategy import Strategy, effective, remembers
 
 __all__ = [
-    "LEAST_SLOTS",
+    "NEW_SLOTS",
     "New",
     "Programs",
     "Rows",
+    "at_once",
     "categorical",
     "draw_key",
+    "new_slots_for",
     "pad_prompts",
     "programs_of",
     "prompt_words",
@@ -44,14 +46,20 @@ __all__ = [
 
 _ROOM = 0.5  # of a device's memory
 # Texts a device: more only make the caches leave the processor's own, or wait for one another.
-_MOST = {"cpu": 512, "accelerator": 4096}
-LEAST_SLOTS = 32  # of a prompt, and of what is new; fewer would only make more programs
+_MOST = {"cpu": 256, "accelerator": 4096}
+_THREADS = 16  # with more of them the caches of all batches take more memory than they are worth
+NEW_SLOTS = 32  # of a text that has only begun; fewer would only make more programs
 _BLOCK = 128  # ids of a block; the padded vocabulary is a multiple of it
 
 
-def slots_for(tokens: int) -> int:
-    """The slots that hold so many tokens: a power of two, so that few programs serve all lengths."""
-    return max(LEAST_SLOTS, 1 << (tokens - 1).bit_length())
+def slots_for(tokens: int, least: int = 16) -> int:
+    """The slots that hold so many tokens of a prompt: a power of two, so that few programs serve all lengths."""
+    return max(least, 1 << (tokens - 1).bit_length())
+
+
+def new_slots_for(tokens: int) -> int:
+    """The slots that hold so many new tokens."""
+    return slots_for(tokens, NEW_SLOTS)
 
 
 def draw_key(seed: int, arm: str, step: int, strategy: str, number: int) -> jax.Array:
@@ -113,6 +121,11 @@ class Programs:
         self._specs = table(model, padded)
         self.ways = mesh.text_ways(devices)
         self._laid, self._none = mesh.text_sharding(devices), mesh.replicated(devices)
+        heads = NamedSharding(devices, PartitionSpec(*self._laid.spec, "tensor"))
+        one: Any = self._laid
+        self._rows_laid = Rows(one, one, one, one, one, cache=heads)  # type: ignore[arg-type]
+        self._compiled: dict[tuple[Any, ...], jax.stages.Compiled] = {}
+        self._compiling = threading.Lock()
 
     # --- weights and keys, of the draws that stand side by side ---
 
@@ -173,12 +186,16 @@ class Programs:
           prompt_B2: the two words of each prompt's id (`prompt_words`).
           length_B: 0 where a place is only filled; else at least 1.
         """
-        return self._begun(weights, keys, *mesh.lay((prompt_B2, tokens_BP, length_B), self._laid))
+        function = self._spread(self._begin, "draws", "draws", "rows", "rows", "rows")
+        arguments = weights, keys, *mesh.lay((prompt_B2, tokens_BP, length_B), self._laid)
+        return self._run(("begin", tokens_BP.shape[1]), function, (self._rows_laid, self._laid), arguments)
 
     def turn(self, weights: Params, rows: Rows, age: int, until: int, prompt_slots: int, width: int) -> tuple[Rows, New]:
         """Draws tokens `age` to `until` - 1 of each text, at most `width`; the rows that it is given are given up."""
-        ages = mesh.lay(np.array([age, until], np.int32), self._none)
-        return self._turned(prompt_slots, width)(weights, rows, ages)
+        function = self._spread(partial(self._turn, prompt_slots, width), "draws", "rows", "same")
+        arguments = weights, rows, mesh.lay(np.array([age, until], np.int32), self._none)
+        name = "turn", prompt_slots, width, _slots(rows)
+        return self._run(name, function, (self._rows_laid, self._laid), arguments, donated=1)
 
     def arrange(self, sources: Sequence[Rows], place_B: np.ndarray, slots: int) -> Rows:
         """Rows of one age brought together, with so many slots.
@@ -186,7 +203,24 @@ class Programs:
         Args:
           place_B: which row of the same device's, counted through all sources; -1: none.
         """
-        return self._arranged(slots)(tuple(sources), mesh.lay(place_B, self._laid))
+        function, arguments = (
+            self._spread(partial(_arrange, slots), "rows", "rows"),
+            (tuple(sources), mesh.lay(place_B, self._laid)),
+        )
+        return self._run(("arrange", slots, *map(_slots, sources)), function, self._rows_laid, arguments)
+
+    def grow(self, rows: Rows, slots: int) -> Rows:
+        """The same rows, with so many slots."""
+        return self._run(("grow", slots, _slots(rows)), self._spread(partial(_grown, slots), "rows"), self._rows_laid, (rows,))
+
+    def _run(self, name: tuple[Any, ...], function: Any, laid: Any, arguments: tuple[Any, ...], donated: Any = ()) -> Any:
+        """Compiles a function the first time, once for all threads, and calls it."""
+        if name not in self._compiled:
+            with self._compiling:
+                if name not in self._compiled:
+                    jitted = jax.jit(function, out_shardings=laid, donate_argnums=donated)
+                    self._compiled[name] = jitted.lower(*arguments).compile()
+        return self._compiled[name](*arguments)
 
     # --- what a device does with its own rows ---
 
@@ -205,10 +239,6 @@ class Programs:
             check_vma=False,
         )
 
-    @cached_property
-    def _begun(self) -> Callable[..., tuple[Rows, New]]:
-        return jax.jit(self._spread(self._begin, "draws", "draws", "rows", "rows", "rows"), out_shardings=self._laid)
-
     def _begin(
         self, weights_1: Params, key_12: jax.Array, prompt_B2: jax.Array, tokens_BP: jax.Array, length_B: jax.Array
     ) -> tuple[Rows, New]:
@@ -223,7 +253,7 @@ class Programs:
             rows_B1 = jnp.arange(len(tokens_BP))[:, None]
             seen_BV = jnp.zeros((len(tokens_BP), self._padded), bool).at[rows_B1, tokens_BP].max(there_BP)
         token_B, log_p_B, done_B, seen_BV = self._pick(weights, x_BD, key_B, jnp.int32(0), done_B, seen_BV)
-        cache = jax.tree.map(lambda a_BKSH: _padded(a_BKSH, tokens_BP.shape[1] + LEAST_SLOTS), cache)
+        cache = jax.tree.map(lambda a_BKSH: _padded(a_BKSH, tokens_BP.shape[1] + NEW_SLOTS), cache)
         return Rows(jax.random.key_data(key_B), length_B, token_B, done_B, seen_BV, cache), New(
             token_B[:, None], log_p_B[:, None]
         )
@@ -249,15 +279,6 @@ class Programs:
             lambda leaf: leaf.reshape(count, *leaf.shape[2:]), jax.lax.map(some, blocks)
         )
         return found
-
-    @cached_property
-    def _turned(self) -> Callable[[int, int], Callable[..., tuple[Rows, New]]]:
-        @functools.cache
-        def turned(prompt_slots: int, width: int) -> Callable[..., tuple[Rows, New]]:
-            function = self._spread(partial(self._turn, prompt_slots, width), "draws", "rows", "same")
-            return jax.jit(function, donate_argnums=1, out_shardings=self._laid)
-
-        return turned
 
     def _turn(self, prompt_slots: int, width: int, weights_1: Params, rows: Rows, age_2: jax.Array) -> tuple[Rows, New]:
         weights = jax.tree.map(lambda leaf: leaf[0], weights_1)
@@ -305,14 +326,6 @@ class Programs:
             seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
         return token_B, log_p_B, done_B | (token_B == self.eos), seen_BV
 
-    @cached_property
-    def _arranged(self) -> Callable[[int], Callable[..., Rows]]:
-        @functools.cache
-        def arranged(slots: int) -> Callable[..., Rows]:
-            return jax.jit(self._spread(partial(_arrange, slots), "rows", "rows"), out_shardings=self._laid)
-
-        return arranged
-
 
 def categorical(key: jax.Array, z_V: jax.Array) -> tuple[jax.Array, jax.Array]:
     """An exact draw in two steps, first the block of 128 ids, then the id in it: p(id) = p(block) · p(id | block).
@@ -344,9 +357,25 @@ def _arrange(slots: int, sources: tuple[Rows, ...], place_B: jax.Array) -> Rows:
         return one
 
     rows = jax.tree.map(gathered, *sources)
-    return rows._replace(
-        done_B=rows.done_B | (place_B < 0), cache=jax.tree.map(lambda a_BKSH: _padded(a_BKSH, slots), rows.cache)
-    )
+    return _grown(slots, rows._replace(done_B=rows.done_B | (place_B < 0)))
+
+
+def _grown(slots: int, rows: Rows) -> Rows:
+    return rows._replace(cache=jax.tree.map(lambda a_BKSH: _padded(a_BKSH, slots), rows.cache))
+
+
+def _slots(rows: Rows) -> int:
+    return int(rows.cache[0].k_BKSH.shape[2])
+
+
+def at_once(devices: jax.sharding.Mesh) -> int:
+    """How many batches are drawn side by side by threads of one process.
+
+    A CPU's device takes one small operation after another, most of them on one core: each core has a batch of its own. Where a
+    device is one of several, or no CPU, one batch is enough.
+    """
+    alone = devices.size == 1 and jax.process_count() == 1 and devices.devices.flat[0].platform == "cpu"
+    return min(_THREADS, mesh.cores()) if alone else 1
 
 
 def rows_for(
@@ -365,9 +394,9 @@ def rows_for(
     weights = count(specs) * jnp.dtype(model.dtype).itemsize // tensor
     # At one time: rows that are drawn, what two batches are brought together into, and those that wait at some ages.
     each = 6 * 2 * size["L"] * size["K"] * size["H"] * slots * width // tensor + 4 * 4 * padded
-    fits = int(_ROOM * memory - weights) // each
+    fits = int(_ROOM * memory - weights) // (each * at_once(devices))
     most = _MOST["cpu" if devices.devices.flat[0].platform == "cpu" else "accelerator"]
-    part = -(-texts * devices.shape["replica"] // mesh.text_ways(devices))
+    part = -(-texts * devices.shape["replica"] // (mesh.text_ways(devices) * at_once(devices)))
     wanted = max(1, min(fits, most, 1 << (part - 1).bit_length()))
     return 1 << (wanted.bit_length() - 1)
 

@@ -7,7 +7,9 @@ Rows of one batch are of one age, so that they share the slots that they write t
 each age until it fills one. Ages double, so that few programs serve all lengths and little waits.
 """
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ import numpy as np
 
 from natfp_jax import processes
 from natfp_jax.params import Params
-from natfp_jax.sample import LEAST_SLOTS, New, Programs, Rows, pad_prompts, prompt_words, slots_for
+from natfp_jax.sample import NEW_SLOTS, New, Programs, Rows, at_once, new_slots_for, pad_prompts, prompt_words, slots_for
 
 __all__ = ["Drawn", "draw"]
 
@@ -38,7 +40,7 @@ class Drawn(NamedTuple):
 class _Batch:
     """Rows under way, and whose they are."""
 
-    rows: Rows
+    rows: Rows | None  # None: their prompts have not been read
     age: int  # tokens drawn
     text_B: np.ndarray  # the place of each text among all of all draws; -1: none
     slots: int  # for what is new
@@ -72,7 +74,7 @@ def draw(
 
 
 class _Queue:
-    """Prompts that wait, batches that wait, and what has been drawn."""
+    """Prompts that wait, batches that wait, and what has been drawn; worked off by one thread or several."""
 
     def __init__(
         self,
@@ -93,54 +95,95 @@ class _Queue:
         # The draw that each device's rows are of.
         each = programs.ways // programs.devices.shape["replica"]
         self.draw_of = [device // each % draws for device in range(programs.ways)]
+        self.changed, self.ended = threading.Condition(), False
+        self.lacking = 0  # texts that have not ended
 
     def drain(self, slots: int) -> None:
         """Draws the texts of all prompts that have so many slots."""
         here = np.array([place for place, prompt in enumerate(self.prompts) if slots_for(len(prompt)) == slots])
-        waiting = [number * len(self.prompts) + here for number in range(self.draws)]
-        left: dict[int, _Batch] = {}  # by age
-        now: _Batch | None = None
-        while True:
-            if now is None and any(map(len, waiting)):
-                now = self._begin(waiting, slots)
-            elif now is None and left:
-                now = left.pop(min(left))
-            elif now is None:
-                return
-            else:
-                now = self._turn(now, slots)
-            if now is not None:
-                now = self._settle(now, left, slots, last=not any(map(len, waiting)))
+        self.slots, self.waiting = slots, [number * len(self.prompts) + here for number in range(self.draws)]
+        self.lacking += sum(map(len, self.waiting))
+        self.left: dict[int, _Batch] = {}  # by age
+        self.under_way: list[int] = []  # their ages
+        threads = at_once(self.programs.devices)
+        if threads == 1:
+            self._work()
+        else:
+            with ThreadPoolExecutor(threads, thread_name_prefix="natfp draws") as pool:
+                try:
+                    done, _ = wait([pool.submit(self._work) for _ in range(threads)], return_when=FIRST_EXCEPTION)
+                    for one in done:
+                        one.result()
+                finally:  # after an error or a signal the others end with their turn
+                    with self.changed:
+                        self.ended = True
+                        self.changed.notify_all()
+            self.ended = False
+        assert self.lacking == 0, f"{self.lacking} texts were lost"
 
-    def _begin(self, waiting: list[np.ndarray], slots: int) -> _Batch:
+    def _work(self) -> None:
+        """Takes one turn after another, until there is nothing left to do."""
+        now: _Batch | None = None
+        age = -1
+        while True:
+            with self.changed:
+                if now is not None:
+                    self.under_way.remove(age)
+                now = self._next(now)
+                self.changed.notify_all()
+                if now is None:
+                    return
+                age = now.age
+                self.under_way.append(age)
+            self._turn(now)
+
+    def _next(self, now: _Batch | None) -> _Batch | None:
+        """What is to be drawn next: the rows that were, if they go on at once; new ones; or those that were left."""
+        if now is not None:
+            now = self._settle(now)
+        while now is None and not self.ended:
+            if any(map(len, self.waiting)):
+                now = self._filled()
+            elif self.left and all(age > min(self.left) for age in self.under_way):  # else more may come to them
+                now = self.left.pop(min(self.left))
+            elif not self.under_way:
+                return None
+            else:
+                self.changed.wait()
+        return None if self.ended else now
+
+    def _filled(self) -> _Batch:
         """The next prompts of every draw, as even over its devices as can be."""
         rows = self.programs.rows
         text_B = np.full(self.programs.ways * rows, -1)
-        for number, texts in enumerate(waiting):
+        for number, texts in enumerate(self.waiting):
             mine = [device for device, of in enumerate(self.draw_of) if of == number]
             some = texts[: rows * len(mine)]
             for device, part in zip(mine, np.array_split(some, len(mine)), strict=True):
                 text_B[device * rows : device * rows + len(part)] = part
-            waiting[number] = texts[len(some) :]
-        prompt_B = np.where(text_B < 0, 0, text_B % len(self.prompts))
-        tokens_BP, length_B = pad_prompts([self.prompts[place] for place in prompt_B], self.programs.eos, slots)
-        length_B[text_B < 0] = 0
-        begun, new = self.programs.begin(self.weights, self.keys, self.words_N2[prompt_B], tokens_BP, length_B)
-        batch = _Batch(begun, 0, text_B, LEAST_SLOTS)
-        self._take(batch, new, 1)
-        return batch
+            self.waiting[number] = texts[len(some) :]
+        return _Batch(None, 0, text_B, NEW_SLOTS)
 
-    def _turn(self, batch: _Batch, slots: int) -> _Batch:
+    def _turn(self, batch: _Batch) -> None:
+        """Reads the prompts, or draws up to the next age."""
+        if batch.rows is None:
+            prompt_B = np.where(batch.text_B < 0, 0, batch.text_B % len(self.prompts))
+            tokens_BP, length_B = pad_prompts([self.prompts[place] for place in prompt_B], self.programs.eos, self.slots)
+            length_B[batch.text_B < 0] = 0
+            batch.rows, new = self.programs.begin(self.weights, self.keys, self.words_N2[prompt_B], tokens_BP, length_B)
+            self._take(batch, new, 1)
+            return
         until = next(age for age in self.ages if age > batch.age)
-        if slots_for(until) > batch.slots:
-            batch = self._arranged([batch], np.arange(len(batch.text_B)) % self.programs.rows, batch.text_B, slots, until)
-        width = max(LEAST_SLOTS // 2, batch.slots // 4)
-        batch.rows, new = self.programs.turn(self.weights, batch.rows, batch.age, until, slots, width)
+        if new_slots_for(until) > batch.slots:
+            batch.slots = new_slots_for(until)
+            batch.rows = self.programs.grow(batch.rows, self.slots + batch.slots)
+        width = max(NEW_SLOTS // 2, batch.slots // 4)
+        batch.rows, new = self.programs.turn(self.weights, batch.rows, batch.age, until, self.slots, width)
         self._take(batch, new, until)
-        return batch
 
     def _take(self, batch: _Batch, new: New, until: int) -> None:
         """What was drawn, and which texts have ended."""
+        assert batch.rows is not None  # they were drawn just now
         id_BW, log_p_BW, done_B = processes.gathered((new.id_BW, new.log_p_BW, batch.rows.done_B))
         there_B, width = batch.text_B >= 0, until - batch.age
         texts, id_XW = batch.text_B[there_B], id_BW[there_B, :width]
@@ -148,45 +191,42 @@ class _Queue:
         self.log_p_NW[texts, batch.age : until] = log_p_BW[there_B, :width]
         ended_B = there_B & (done_B | (until == self.new_tokens))
         batch.text_B, batch.age = np.where(ended_B, -1, batch.text_B), until
-        self.advance(int(ended_B.sum()), int(_lengths(id_XW, self.programs.eos).sum()))
+        with self.changed:
+            self.lacking -= int(ended_B.sum())
+            self.advance(int(ended_B.sum()), int(_lengths(id_XW, self.programs.eos).sum()))
 
-    def _settle(self, now: _Batch, left: dict[int, _Batch], slots: int, last: bool) -> _Batch | None:
+    def _settle(self, now: _Batch) -> _Batch | None:
         """What goes on at once: these rows, with those that waited at their age, if they fill a batch or nothing else comes."""
-        alive = int((now.text_B >= 0).sum())
-        if not alive:
+        if not (now.text_B >= 0).any():
             return None
-        waited = left.pop(now.age, None)
+        waited = self.left.pop(now.age, None)
         if waited is not None:
-            now, rest = self._merged(waited, now, slots)
-            if rest is not None:
-                left[now.age] = rest
-            alive = int((now.text_B >= 0).sum())
-        if alive >= _FULL * len(now.text_B) or (last and all(age >= now.age for age in left)):
+            now, rest = self._merged(waited, now)
+            if rest is not None:  # a device is full, others may have no more to do
+                self.left[now.age] = rest
+                return now
+        if (now.text_B >= 0).mean() >= _FULL:
             return now
-        left[now.age] = now
+        self.left[now.age] = now
         return None
 
-    def _merged(self, one: _Batch, other: _Batch, slots: int) -> tuple[_Batch, _Batch | None]:
+    def _merged(self, one: _Batch, other: _Batch) -> tuple[_Batch, _Batch | None]:
         """The rows of two batches: a full one, and what is left of them, if any."""
+        assert one.rows is not None  # both have been begun
+        assert other.rows is not None
         rows, ways = self.programs.rows, self.programs.ways
         text_XB = np.concatenate([batch.text_B.reshape(ways, rows) for batch in (one, other)], axis=1)
         # Of each device, the rows that are there, in front of the others.
         order_XB = np.argsort(text_XB < 0, axis=1, kind="stable")
-        place_XB = np.where(np.take_along_axis(text_XB, order_XB, axis=1) < 0, -1, order_XB)
         text_XB = np.take_along_axis(text_XB, order_XB, axis=1)
-        full, rest = (
-            self._arranged([one, other], place_XB[:, part].reshape(-1), text_XB[:, part].reshape(-1), slots, one.age)
-            if (text_XB[:, part] >= 0).any()
-            else None
-            for part in (slice(rows), slice(rows, None))
-        )
-        assert full is not None  # both had rows
-        return full, rest
-
-    def _arranged(self, sources: list[_Batch], place_B: np.ndarray, text_B: np.ndarray, slots: int, tokens: int) -> _Batch:
-        new = max(sources[0].slots, slots_for(tokens))
-        rows = self.programs.arrange([batch.rows for batch in sources], place_B.astype(np.int32), slots + new)
-        return _Batch(rows, sources[0].age, text_B, new)
+        place_XB = np.where(text_XB < 0, -1, order_XB).astype(np.int32)
+        found = []
+        for part in (slice(rows), slice(rows, None)):
+            text_B, place_B = text_XB[:, part].reshape(-1), place_XB[:, part].reshape(-1)
+            if (text_B >= 0).any():
+                brought = self.programs.arrange([one.rows, other.rows], place_B, self.slots + one.slots)
+                found.append(_Batch(brought, one.age, text_B, one.slots))
+        return found[0], found[1] if len(found) > 1 else None
 
 
 def _lengths(id_NW: np.ndarray, eos: int) -> np.ndarray:
@@ -196,8 +236,8 @@ def _lengths(id_NW: np.ndarray, eos: int) -> np.ndarray:
 
 
 def _ages(new_tokens: int) -> list[int]:
-    """The ages between which rows are drawn: each power of two from LEAST_SLOTS on, and the middle before it."""
-    ages, slots = list[int](), LEAST_SLOTS
+    """The ages between which rows are drawn: each power of two from NEW_SLOTS on, and the middle before it."""
+    ages, slots = list[int](), NEW_SLOTS
     while slots // 2 < new_tokens:
         ages += [slots * 3 // 4, slots] if ages else [slots // 2, slots]
         slots *= 2

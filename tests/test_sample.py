@@ -1,6 +1,7 @@
 """Texts are drawn from the model's own probabilities, with noise of their own, whatever stands beside them."""
 
 import itertools
+import threading
 from functools import partial
 
 import jax
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 from scipy.stats import binomtest, chisquare, norm
 
-from natfp_jax import config, mesh, params, rng
+from natfp_jax import config, mesh, params, rng, turns
 from natfp_jax.config import Model, Sampling
 from natfp_jax.errors import UserError
 from natfp_jax.model import head, hidden, logits
-from natfp_jax.sample import categorical, draw_key, programs_of, rows_for, slots_for
+from natfp_jax.sample import at_once, categorical, draw_key, new_slots_for, programs_of, rows_for, slots_for
 from natfp_jax.strategy import Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP, effective, remembers, strategy_of
 from natfp_jax.turns import draw
 
@@ -363,6 +364,29 @@ def test_rows_that_have_ended_make_room_and_change_nothing():
     assert (small.id_NW != large.id_NW).any(axis=1).mean() <= 2e-3  # of another shape: nearly the same
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_how_many_batches_are_drawn_side_by_side_changes_nothing(monkeypatch, threads):
+    tree, key, prompts = weights(SMALL), draw_key(0, "arm", 1, "t", 0), prompts_of(300, SMALL)
+    expected = drawn(tree, key, prompts, vocabulary=SMALL, batch=20, new=60)
+    monkeypatch.setattr(turns, "at_once", lambda devices: threads)
+    assert same(drawn(tree, key, prompts, vocabulary=SMALL, batch=20, new=60), expected)
+
+
+def test_what_goes_wrong_in_one_thread_ends_all():
+    class Broken(Counted):
+        def turn(self, *arguments):
+            if len(self.turns) == 5:
+                raise RuntimeError("five turns are enough")
+            return super().turn(*arguments)
+
+    programs = Broken(programs_of(MODEL, (), SMALL, 128, EOS, 20, ONE))
+    tree, prompts = weights(SMALL), prompts_of(1000, SMALL)
+    with pytest.raises(RuntimeError, match="five turns are enough"):
+        draw(programs, programs.weights([lambda: tree]), [draw_key(0, "arm", 1, "t", 0)], range(1000), prompts, 60)
+    assert len(programs.turns) == 5
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("natfp draws")]
+
+
 def test_across_batch_shapes_few_texts_change():
     """Stated: at most one of 1,000 texts of 24 tokens (measured elsewhere: 4e-6 a token, one text of 10,000)."""
     tree, prompts, key = weights(LARGE), prompts_of(3000, LARGE), draw_key(0, "arm", 1, "t", 0)
@@ -428,8 +452,9 @@ def test_rows_are_a_power_of_two_that_memory_holds_and_texts_fill():
     def rows(texts=10**6, memory=10**11, slots=128, devices=one, cache=None):
         return rows_for(model, 2048, slots, texts, devices, memory, cache)
 
-    assert rows() == 512
-    assert (rows(texts=100), rows(texts=1), rows(texts=129)) == (128, 1, 256)
+    assert rows() == 256
+    every = at_once(one)
+    assert (rows(texts=100 * every), rows(texts=1), rows(texts=33 * every)) == (128, 1, 64)
     found = [rows(memory=memory) for memory in range(10**8, 4 * 10**9, 10**8)]
     assert found == sorted(found)
     assert len(set(found)) > 3
@@ -438,10 +463,12 @@ def test_rows_are_a_power_of_two_that_memory_holds_and_texts_fill():
     assert rows(memory=short, cache="bfloat16") > rows(memory=short) > rows(memory=short, slots=512)
     over = mesh.make(config.Mesh(replica=2, data=2), jax.devices()[:4])
     assert rows(texts=200, devices=over) == 128  # on two devices each draw
+    assert at_once(over) == 1
 
 
 def test_slots_are_few_sizes():
-    assert [slots_for(tokens) for tokens in (1, 32, 33, 64, 65, 1000)] == [32, 32, 64, 64, 128, 1024]
+    assert [slots_for(tokens) for tokens in (1, 16, 17, 64, 65, 1000)] == [16, 16, 32, 64, 128, 1024]
+    assert [new_slots_for(tokens) for tokens in (1, 16, 17, 64, 65, 1000)] == [32, 32, 32, 64, 128, 1024]
 
 
 def test_the_same_call_again_gives_the_same_bits():
