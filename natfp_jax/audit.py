@@ -181,7 +181,7 @@ class _Study:
             if set(table[column].to_pylist()) - {expected}:
                 return f"its column {column} is not {expected} everywhere"
         return (
-            unless(files.hash_json(table["ids"].to_pylist()), record["texts"], "its ids are recorded as")
+            unless(texts.digest(table["ids"]), record["texts"], "its ids are recorded as")
             or unless(run.records[one.step]["weights"], record["inputs"]["weights"], "it was drawn from the weights")
             or unless(run.fingerprint, record["fingerprint"], "it was drawn from the experiment")
         )

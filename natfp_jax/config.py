@@ -282,7 +282,7 @@ class Sampling(Strict):
     cache: Literal["float32", "bfloat16"] | None = None  # of keys and values; None: the dtype of the computation
     seed: Seed = 0
     batch: Positive | None = None  # texts that a device draws together; None: as many as memory holds, up to some hundreds
-    file_texts: Positive = 16_384  # of one file of a draw: what a stopped draw loses at most
+    file_texts: Positive = 8192  # of one file of a draw: what a stopped draw loses at most
     checkpoints: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (
         1.0,
     )  # fractions of training at which every arm is drawn

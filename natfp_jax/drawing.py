@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from natfp_jax import files, mesh, processes, texts
+from natfp_jax import mesh, processes, texts
 from natfp_jax.lineage import numerics
 from natfp_jax.pace import TextPace
 from natfp_jax.params import Params
@@ -21,6 +21,7 @@ from natfp_jax.workspace import Workspace
 
 __all__ = ["sample"]
 
+_TOGETHER = 1024  # texts that are decoded together
 Told = Callable[[int, int], None]  # of texts that have ended, and of tokens that were drawn
 
 
@@ -99,8 +100,8 @@ def _weights(work: Workspace, one: Draw) -> Params:
 
 
 def _write(work: Workspace, one: Draw, number: int, prompts: Prompts, drawn: Drawn, programs: Programs) -> None:
-    n, each = len(prompts), list(zip(drawn.id_NW, drawn.log_p_NW, drawn.length_N.tolist(), strict=True))
-    continuations = [ids[:length].tolist() for ids, _, length in each]
+    n, tokenizer = len(prompts), work.store.tokenizer
+    ids = texts.ragged(drawn.id_NW, drawn.length_N)
     columns = {
         "draw": [one.number] * n,
         "arm": [one.arm] * n,
@@ -109,15 +110,19 @@ def _write(work: Workspace, one: Draw, number: int, prompts: Prompts, drawn: Dra
         "prompt_id": prompts.ids,
         "document_id": prompts.documents,
         "prompt": prompts.texts,
-        "text": work.store.tokenizer.decode_batch(continuations),
-        "ids": continuations,
-        "log_probabilities": [log_p[:length] for _, log_p, length in each],
+        "text": [
+            text
+            for first in range(0, n, _TOGETHER)
+            for text in tokenizer.decode_batch(ids[first : first + _TOGETHER].to_pylist())
+        ],
+        "ids": ids,
+        "log_probabilities": texts.ragged(drawn.log_p_NW, drawn.length_N),
     }
     record = {
         "fingerprint": work.identities[one.arm].fingerprint,
         "inputs": work.draw_inputs(one),
         "settings": work.draw_settings(one),
-        "texts": files.hash_json(continuations),
+        "texts": texts.digest(ids),
         "numerics": numerics(work.devices, rows=programs.rows),
     }
     texts.write(work.draw_paths(one)[number], columns, record)

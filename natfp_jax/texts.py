@@ -3,18 +3,21 @@
 Owns the columns, and the record of what a file was made from. Must not know how texts are drawn or classified.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from natfp_jax import files
 from natfp_jax.errors import Damaged
 
-__all__ = ["SCHEMA", "exists", "read", "read_all", "read_record", "sealed", "verify", "write"]
+__all__ = ["SCHEMA", "digest", "exists", "ragged", "read", "read_all", "read_record", "sealed", "verify", "write"]
 
 SCHEMA = pa.schema(
     {
@@ -31,6 +34,21 @@ SCHEMA = pa.schema(
     }
 )
 _KEY = b"natfp"
+
+
+def ragged(values_NW: np.ndarray, length_N: np.ndarray) -> pa.ListArray:
+    """The first so many values of each row, as a column."""
+    kept_NW = np.arange(values_NW.shape[1]) < length_N[:, None]
+    offsets = np.concatenate([[0], np.cumsum(length_N)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_NW[kept_NW]))
+
+
+def digest(ids: pa.ListArray | pa.ChunkedArray) -> str:
+    """sha256, in hexadecimal, over the lengths and ids of a column."""
+    found = hashlib.sha256()
+    for part in (pc.list_value_length(ids), pc.list_flatten(ids)):
+        found.update(part.to_numpy().astype("<i4", copy=False).tobytes())
+    return found.hexdigest()
 
 
 def sealed(path: Path) -> Path:

@@ -168,8 +168,8 @@ class _Queue:
         """Reads the prompts, or draws up to the next age."""
         if batch.rows is None:
             prompt_B = np.where(batch.text_B < 0, 0, batch.text_B % len(self.prompts))
-            tokens_BP, length_B = pad_prompts([self.prompts[place] for place in prompt_B], self.programs.eos, self.slots)
-            length_B[batch.text_B < 0] = 0
+            prompts = [self.prompts[place] if text >= 0 else () for text, place in zip(batch.text_B, prompt_B, strict=True)]
+            tokens_BP, length_B = pad_prompts(prompts, self.programs.eos, self.slots)
             batch.rows, new = self.programs.begin(self.weights, self.keys, self.words_N2[prompt_B], tokens_BP, length_B)
             self._take(batch, new, 1)
             return

@@ -229,7 +229,7 @@ def work(tmp_path, monkeypatch):
         check_trained=lambda: None,
         progress=_Said(),
         run_of=runs.__getitem__,
-        draw_paths=lambda one: [folder / "draws" / name for name in one.files(2000, 16_384)],
+        draw_paths=lambda one: [folder / "draws" / name for name in one.files(2000, 8192)],
     )
 
 

@@ -322,6 +322,16 @@ def test_a_text_is_bitwise_the_same_whatever_its_place_its_companions_and_their_
     long = [([EOS, *[7] * 50], 2**63 + i) for i in range(20)]  # of another number of slots
     for few in (range(40, 43), range(7, 8)):  # the rest of the batch is filled up
         assert same([array[: len(few)] for array in together(few, long)], [array[few] for array in whole])
+    first = drawn(
+        tree,
+        key,
+        [long[0][0], *prompts[40:43]],
+        [long[0][1], *numbers[40:43]],
+        vocabulary=vocabulary,
+        strategy=strategy,
+        new=new,
+    )
+    assert same([array[1:] for array in first], [array[40:43] for array in whole])
 
 
 class Counted:

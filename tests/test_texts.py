@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -246,3 +247,24 @@ def test_a_manifest_with_one_wrong_bit_is_never_read(path):
             error = refused(call, path)
             assert isinstance(error, Damaged)
             assert error.path == texts.sealed(path)
+
+
+def test_ragged_columns_hold_the_beginnings_of_rows():
+    random = np.random.default_rng(0)
+    values_NW, length_N = random.integers(0, 999, (20, 7)).astype(np.int32), random.integers(0, 8, 20)
+    found = texts.ragged(values_NW, length_N)
+    assert found.to_pylist() == [row[:length].tolist() for row, length in zip(values_NW, length_N, strict=True)]
+    assert found.type == texts.SCHEMA.field("ids").type
+    assert texts.ragged(values_NW.astype(np.float32), length_N).type == texts.SCHEMA.field("log_probabilities").type
+
+
+def test_the_digest_is_of_ids_and_where_texts_end(tmp_path):
+    def of(rows):
+        return texts.digest(pa.array(rows, pa.list_(pa.int32())))
+
+    found = [of(rows) for rows in ([[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3]], [[1, 2], [4]], [[1, 2], [3], []], [])]
+    assert len(set(found)) == len(found)
+    texts.write(tmp_path / "a.parquet", COLUMNS, RECORD)
+    read = texts.read(tmp_path / "a.parquet")["ids"]
+    assert texts.digest(read) == of(COLUMNS["ids"])
+    assert texts.digest(pa.chunked_array([read.chunk(0).slice(0, 1), read.chunk(0).slice(1)])) == of(COLUMNS["ids"])
