@@ -229,6 +229,90 @@ def audit(
         sys.exit(FALSE)
 
 
+Checkpoint = Annotated[
+    tyro.conf.Positional[Path],
+    tyro.conf.arg(metavar="CHECKPOINT", help="OUT/runs/RUN/checkpoints/STEP, or OUT/runs/RUN for its last"),
+]
+TokenizerFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+
+
+def _trained(checkpoint: Path, tokenizer: Path | None) -> tuple[Any, Any]:
+    """The model, and the mesh of one device that it lies on."""
+    import jax
+
+    from natfp_jax import config, mesh, programs
+    from natfp_jax.trained import trained
+
+    programs.keep()
+    devices = mesh.make(config.Mesh(), jax.devices()[:1])
+    return trained(checkpoint, devices, tokenizer), devices
+
+
+def generate(
+    checkpoint: Checkpoint,
+    /,
+    prompt: str = "",
+    texts: int = 1,
+    new_tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    greedy: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    seed: int = 0,
+    tokenizer: TokenizerFile = None,
+) -> None:
+    """Continues a prompt, to look at what a checkpoint has learnt.
+
+    Example: natfp generate out/runs/0123456789abcdef --prompt "Return the" --texts 3 --temperature 0.8
+
+    Args:
+      prompt: what the texts begin with; left out: they begin as a document does.
+      texts: how many.
+      new_tokens: at most, of each.
+      repetition_penalty: above 1, ids that prompt or text have already become less likely.
+      greedy: the most likely id, always.
+      seed: of the noise; each text has its own.
+      tokenizer: a tokenizer.json; left out: the one below OUT that the model was trained with.
+    """
+    from natfp_jax.config import Sampling, replace
+
+    sampling, given = Sampling(), locals()
+    for name in ("new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "greedy", "seed"):
+        sampling = replace(sampling, name, given[name])
+    if texts < 1:
+        raise UserError(f"--texts {texts}: give a number of texts, 1 or more")
+    from natfp_jax.generate import continuations
+
+    model, devices = _trained(checkpoint, tokenizer)
+    console = _console()
+    for number, text in enumerate(continuations(model, prompt, texts, sampling, devices)):
+        if number:
+            console.rule()
+        console.print(prompt, style="bold", end="", markup=False, highlight=False, soft_wrap=True)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def export(
+    checkpoint: Checkpoint,
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")],
+    /,
+    tokenizer: TokenizerFile = None,
+) -> None:
+    """Writes a checkpoint as a Llama-shaped folder that Hugging Face transformers, vLLM and others load.
+
+    Args:
+      folder: a new one.
+      tokenizer: a tokenizer.json; left out: the one below OUT that the model was trained with.
+    """
+    from natfp_jax.hf import export as write
+
+    model, _ = _trained(checkpoint, tokenizer)
+    write(model.params, model.model, model.tokenizer, model.context, folder)
+    _console().print(f"exported: {folder}", highlight=False, soft_wrap=True)
+
+
 def _overrides_last(args: list[str]) -> list[str]:
     """Lets `PATH=VALUE` stand before and after options: the parser wants all positional arguments in one place."""
 
@@ -264,7 +348,7 @@ def _told(error: BaseException, quiet: bool = False) -> int:
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    verbs = {verb.__name__: verb for verb in (run, train, sample, attribute, report, status, audit)}
+    verbs = {verb.__name__: verb for verb in (run, train, sample, attribute, report, status, audit, generate, export)}
     try:
         tyro.extras.subcommand_cli_from_dict(
             verbs,

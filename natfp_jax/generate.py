@@ -1,0 +1,42 @@
+"""Texts of one model, for a human who wants to look.
+
+Owns how one prompt is continued a few times. Must not know studies, nor how texts look on the screen.
+"""
+
+import hashlib
+
+import jax
+
+from natfp_jax.config import Sampling
+from natfp_jax.errors import UserError
+from natfp_jax.sample import draw_key, programs_of
+from natfp_jax.strategy import called, strategy_of
+from natfp_jax.trained import Trained
+from natfp_jax.turns import draw
+
+__all__ = ["continuations"]
+
+
+def continuations(trained: Trained, prompt: str, texts: int, sampling: Sampling, devices: jax.sharding.Mesh) -> list[str]:
+    """So many continuations of a prompt, each with noise of its own; of an empty one, whole texts.
+
+    Args:
+      sampling: its strategy, seed and number of new tokens.
+
+    Raises:
+      UserError: the prompt is longer than what the model was trained on, or the strategy contradicts itself.
+    """
+    tokenizer, (temperature,) = trained.tokenizer, sampling.temperatures
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    if len(ids) > trained.context:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens with EOS, the model was trained on {trained.context} at a time: shorten it"
+        )
+    strategy = strategy_of(sampling, temperature)
+    padded, size = tokenizer.padded_size, tokenizer.size
+    programs = programs_of(trained.model, strategy, size, padded, tokenizer.eos_id, texts, devices, sampling.cache)
+    key = draw_key(sampling.seed, trained.fingerprint, trained.step, called(sampling, temperature), 0)
+    numbers = [int(hashlib.sha256(f"{number} {prompt}".encode()).hexdigest()[:16], 16) for number in range(texts)]
+    weights = programs.weights([lambda: trained.params])
+    (drawn,) = draw(programs, weights, [key], numbers, [ids] * texts, sampling.lengths[-1])
+    return tokenizer.decode_batch([row[:length].tolist() for row, length in zip(drawn.id_NW, drawn.length_N, strict=True)])

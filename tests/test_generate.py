@@ -1,0 +1,123 @@
+"""One model by the folder of its checkpoint: the right weights and tokenizer, and texts to look at."""
+
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from natfp_jax.config import Sampling
+from natfp_jax.errors import Damaged, UserError
+from natfp_jax.generate import continuations
+from natfp_jax.lineage import weight_hash
+from natfp_jax.tokenizer import EOS
+from natfp_jax.trained import trained
+
+
+@pytest.fixture(scope="module")
+def out(tiny_run, tiny_store, tmp_path_factory):
+    """An output folder with one run and its corpus."""
+    folder = tmp_path_factory.mktemp("out")
+    shutil.copytree(tiny_run.folder, folder / "runs" / "0123")
+    shutil.copytree(tiny_store.folder, folder / "corpora" / "abc")
+    return folder
+
+
+@pytest.fixture
+def copy(out, tmp_path):
+    return SimpleNamespace(run=shutil.copytree(out, tmp_path / "out") / "runs" / "0123", out=tmp_path / "out")
+
+
+def test_a_checkpoint_is_opened_by_its_folder_and_a_run_at_its_last(out, tiny, tiny_run, tiny_store, one_device):
+    for path, step in ((out / "runs" / "0123" / "checkpoints" / "4", 4), (out / "runs" / "0123", 16)):
+        found = trained(path, one_device)
+        assert (found.step, found.experiment.model, found.context) == (step, tiny.model, 32)
+        assert weight_hash(found.params) == tiny_run.record(step)["weights"]
+        assert found.tokenizer.sha256 == tiny_store.tokenizer.sha256
+        assert found.fingerprint == tiny_run.owner()
+
+
+def test_texts_begin_with_nothing_but_the_prompt_and_have_noise_of_their_own(out, one_device):
+    model = trained(out / "runs" / "0123", one_device)
+    texts = continuations(model, "One day", 5, Sampling(new_tokens=20), one_device)
+    assert len(set(texts)) == 5
+    assert texts == continuations(model, "One day", 5, Sampling(new_tokens=20), one_device)
+    assert texts[:2] != continuations(model, "One day", 5, Sampling(new_tokens=20, seed=1), one_device)[:2]
+    greedy = continuations(model, "One day", 2, Sampling(new_tokens=20, greedy=True), one_device)
+    assert greedy[0] == greedy[1]
+    assert any(continuations(model, "", 3, Sampling(new_tokens=20), one_device))
+
+
+def test_a_prompt_must_fit_and_its_text_is_no_special_token(out, one_device):
+    model = trained(out / "runs" / "0123", one_device)
+    assert model.tokenizer.encode(EOS).count(model.tokenizer.eos_id) == 0
+    with pytest.raises(
+        UserError, match=r"the prompt has \d+ tokens with EOS, the model was trained on 32 at a time: shorten it"
+    ):
+        continuations(model, EOS * 20, 1, Sampling(), one_device)
+
+
+def test_what_is_no_checkpoint_gives_one_line(copy, one_device, tmp_path):
+    run = copy.run
+    for path, said in (
+        (run / "checkpoints", "is no checkpoint: give OUT/runs/RUN/checkpoints/STEP"),
+        (run / "checkpoints" / "5", "has no whole checkpoint at step 5, it has [0, 4, 8, 16]"),
+        (tmp_path / "nowhere", "is no checkpoint: give OUT/runs/RUN/checkpoints/STEP"),
+    ):
+        with pytest.raises(UserError) as caught:
+            trained(path, one_device)
+        assert said in str(caught.value)
+    for step in (0, 4, 8, 16):
+        (run / "checkpoints" / str(step) / "manifest.json").unlink()
+    with pytest.raises(UserError, match="has no whole checkpoint yet: train it first"):
+        trained(run, one_device)
+
+
+def test_the_tokenizer_is_the_one_that_the_model_was_trained_with(copy, out, one_device, tmp_path):
+    shutil.rmtree(copy.out / "corpora")
+    with pytest.raises(UserError, match=r"give its tokenizer\.json"):
+        trained(copy.run, one_device)
+    given = out / "corpora" / "abc" / "tokenizer.json"
+    assert trained(copy.run, one_device, given).tokenizer.size == 300
+    other = tmp_path / "other.json"
+    other.write_text(given.read_text() + "\n")
+    with pytest.raises(UserError, match="the model was trained with"):
+        trained(copy.run, one_device, other)
+
+
+def test_damaged_weights_are_not_drawn_from(copy, one_device):
+    arrays = max((copy.run / "checkpoints" / "16" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(arrays.read_bytes())
+    data[len(data) // 2] ^= 1
+    arrays.write_bytes(data)
+    with pytest.raises(Damaged):
+        trained(copy.run, one_device)
+
+
+def natfp(*args):
+    command = [sys.executable, "-c", "from natfp_jax.cli import main; main()", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_commands(out, tmp_path):
+    run = out / "runs" / "0123"
+    done = natfp("generate", run, "--prompt", "Once [bold]", "--texts", "2", "--new-tokens", "12")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split("─" * 100 + "\n")
+    assert first.startswith("Once [bold]")
+    assert second.startswith("Once [bold]")
+    for args, said in (
+        (("--temperature", "0"), "a temperature is above 0; greedy=true takes the most likely id, always"),
+        (("--texts", "0"), "--texts 0: give a number of texts, 1 or more"),
+        (("--greedy", "--top-k", "3"), "greedy takes the most likely id, always: leave out"),
+    ):
+        refused = natfp("generate", run, *args)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert said in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    exported = natfp("export", run, tmp_path / "llama")
+    assert exported.returncode == 0, exported.stderr
+    assert {path.name for path in (tmp_path / "llama").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
+    assert np.array([path.stat().st_size for path in (tmp_path / "llama").iterdir()]).min() > 0
