@@ -3,10 +3,11 @@
 #
 #     benchmarks/gpu.sh [PYTHON]
 #
-# PYTHON has natfp_jax, jax with CUDA and PyTorch. About 15 minutes on one H200; results/*-cuda.* hold the figures.
+# PYTHON has natfp_jax, jax with CUDA, PyTorch and transformers. About 15 minutes on one H200; results/*-cuda.* hold the figures.
 set -eu
 python=${1:-python3}
 # All sides stay on the card at once, so that they can be timed in turn: nobody takes all of its memory beforehand.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 "$python" -m benchmarks.train_step --device cuda --rounds 7 --save
 "$python" -m benchmarks.cohort --device cuda --replicas 32 --rounds 5 --save
+"$python" -m benchmarks.sampling --device cuda --rounds 5 --save

@@ -1,15 +1,18 @@
 """What a benchmark leaves: a table on the screen and a JSON file that says on what it was measured.
 
-Owns both, the versions, and the floor of the machine. Must not know what was measured.
+Owns both, the versions, and what the machine can do at its best. Must not know what was measured.
 """
 
 import importlib.metadata
+import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["RESULTS", "joined", "machine", "matrix_peak", "save", "show", "versions"]
+__all__ = ["RESULTS", "joined", "machine", "matrix_peak", "memory_bandwidth", "save", "show", "versions"]
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def versions() -> dict[str, str]:
-    """Of all that was timed."""
-    names = ("natfp-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch")
+    """Of all that was timed; transformers where they are installed, which sampling alone needs."""
+    names = ["natfp-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch"]
+    if importlib.util.find_spec("transformers") is not None:
+        names.append("transformers")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
@@ -62,13 +67,47 @@ def matrix_peak(device: str, seconds: float = 3.0) -> dict[str, float]:
     return {"torch": _rate(lambda: t @ t, 2 * size**3, seconds), "numpy": _rate(lambda: a @ a, 2 * size**3, seconds)}
 
 
-def _rate(product: Callable[[], object], operations: int, seconds: float) -> float:
-    product()
+def memory_bandwidth(device: str, seconds: float = 3.0) -> dict[str, float]:
+    """Copies that no cache holds, bytes/s, the middle of what so many seconds give; a byte, read and written, counts twice.
+
+    On a CPU by PyTorch, with as many threads as cores, and by NumPy, with one; on a GPU by PyTorch.
+    """
+    # In a process of its own: what is held here is lost to the sides (memory of a GPU too), and each process that is started
+    # counts the peak of this one as its own.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_copies, device, seconds).result()
+
+
+def _copies(device: str, seconds: float) -> dict[str, float]:
+    import torch
+
+    if device == "cuda":
+        size = 4 << 30
+        source = torch.ones(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+
+        def on_gpu() -> None:
+            target.copy_(source)
+            torch.cuda.synchronize()
+
+        return {"torch": _rate(on_gpu, 2 * size, seconds)}
+    size = 512 << 20
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    a, b = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    t, u = torch.from_numpy(a), torch.from_numpy(b)
+    return {
+        "torch": _rate(lambda: u.copy_(t), 2 * size, seconds),
+        "numpy": _rate(lambda: np.copyto(b, a), 2 * size, seconds),
+    }
+
+
+def _rate(work: Callable[[], object], amount: int, seconds: float) -> float:
+    work()
     rates, until = [], time.monotonic() + seconds
     while time.monotonic() < until:
         begun = time.perf_counter()
-        product()
-        rates.append(operations / (time.perf_counter() - begun))
+        work()
+        rates.append(amount / (time.perf_counter() - begun))
     return statistics.median(rates)
 
 
@@ -93,7 +132,8 @@ def joined(name: str, found: dict[str, Any]) -> dict[str, Any]:
         return {**file["versions"], **{key: value for key, value in file["machine"].items() if key != "matrix_peak"}}
 
     rows: dict[Any, dict[str, Any]] = {}
-    for file in (before, found) if on(before) == on(found) else (found,):
+    mine, theirs = on(found), on(before)  # what only one of them names was not there when the other was measured
+    for file in (before, found) if all(mine[name] == theirs[name] for name in mine.keys() & theirs.keys()) else (found,):
         of_all = {"command": file["command"], "matrix_peak": file["machine"]["matrix_peak"]}
         rows |= {(row["shape"], row["replicas"]): {**of_all, **row} for row in file["rows"]}
     return {**found, "rows": list(rows.values())}

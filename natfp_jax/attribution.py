@@ -19,7 +19,7 @@ from natfp_jax import classify, config, rng, stats
 from natfp_jax.classify import Features
 from natfp_jax.errors import UserError
 
-__all__ = ["Ceiling", "Comparison", "Result", "attribute", "ceiling", "ceiling_scores"]
+__all__ = ["Ceiling", "Comparison", "Result", "attribute", "ceiling", "ceiling_scores", "parts"]
 
 TELLING = 20  # pieces listed for each class
 LEAST_DOCUMENTS = 2  # of each part: an interval over one document has no width
@@ -70,19 +70,26 @@ class Comparison:
         Raises:
           UserError: a part has too few documents.
         """
-        parts_N = stats.split(
-            self.documents, settings.split_seed, validation=settings.validation_fraction, test=settings.test_fraction
+        return parts(self.documents, settings, f"comparison {self.name}")
+
+
+def parts(documents: Sequence[str], settings: config.Attribution, of: str) -> NDArray[np.str_]:
+    """The part of each text by its document: "training", "validation" or "test".
+
+    Raises:
+      UserError: a part has too few documents.
+    """
+    parts_N = stats.split(documents, settings.split_seed, validation=settings.validation_fraction, test=settings.test_fraction)
+    named = np.asarray(documents)
+    sizes = {part: len(np.unique(named[parts_N == part])) for part in stats.PARTS}
+    if min(sizes.values()) < LEAST_DOCUMENTS:
+        got = ", ".join(f"{size} for {part}" for part, size in sizes.items())
+        raise UserError(
+            f"{of}: the split leaves {got} of {sum(sizes.values())} prompt documents, each part needs "
+            f"{LEAST_DOCUMENTS}; raise sampling.prompts, or change attribution.test_fraction {settings.test_fraction} "
+            f"or attribution.validation_fraction {settings.validation_fraction}"
         )
-        documents = np.asarray(self.documents)
-        sizes = {part: len(np.unique(documents[parts_N == part])) for part in stats.PARTS}
-        if min(sizes.values()) < LEAST_DOCUMENTS:
-            got = ", ".join(f"{size} for {part}" for part, size in sizes.items())
-            raise UserError(
-                f"comparison {self.name}: the split leaves {got} of {sum(sizes.values())} prompt documents, each part needs "
-                f"{LEAST_DOCUMENTS}; raise sampling.prompts, or change attribution.test_fraction {settings.test_fraction} "
-                f"or attribution.validation_fraction {settings.validation_fraction}"
-            )
-        return parts_N
+    return parts_N
 
 
 @dataclass(frozen=True)

@@ -173,9 +173,9 @@ class _Study:
         table, record = texts.read(path), texts.read_record(path)
         run = known[self.listed[one.arm]["fingerprint"]]
         store = next((store for (_, tokenizer), store in stores.items() if tokenizer == record["inputs"]["tokenizer"]), None)
-        if store is not None and [store.tokenizer.decode(ids) for ids in table["ids"].to_pylist()] != table["text"].to_pylist():
+        if store is not None and store.tokenizer.decode_batch(table["ids"].to_pylist()) != table["text"].to_pylist():
             return "its texts are not those of its ids"
-        temperature = self.study.sampling.temperatures[0] if one.temperature is None else one.temperature
+        temperature = one.drawn_at(self.study.sampling)
         said = {"arm": one.arm, "checkpoint": one.step, "draw": one.number, "temperature": temperature}
         for column, expected in said.items():
             if set(table[column].to_pylist()) - {expected}:

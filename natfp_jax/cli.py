@@ -37,6 +37,7 @@ Overrides = Annotated[
     ),
 ]
 _OUT = Path("out")
+_OF_A_STUDY = ("run", "train", "sample", "attribute", "report")  # the verbs that take overrides
 FALSE = 1  # exit code: an audit found something that is not so
 _UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
@@ -290,8 +291,7 @@ def generate(
     for number, text in enumerate(continuations(model, prompt, texts, sampling, devices)):
         if number:
             console.rule()
-        console.print(prompt, style="bold", end="", markup=False, highlight=False, soft_wrap=True)
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print(f"{prompt}{text}", file=console.file)  # as it is: the console would take some of it for its own
 
 
 def export(
@@ -319,6 +319,8 @@ def _overrides_last(args: list[str]) -> list[str]:
     def given(place: int) -> bool:
         return "=" in args[place] and not args[place].startswith("-") and args[place - 1] != "--out"
 
+    if not args or args[0] not in _OF_A_STUDY:  # elsewhere a value may well have the sign in it
+        return args
     places = range(len(args))
     return [*(args[place] for place in places if not given(place)), *(args[place] for place in places if given(place))]
 

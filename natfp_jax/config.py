@@ -277,12 +277,16 @@ class Sampling(Strict):
     top_k: Positive | None = None
     top_p: Annotated[float, pydantic.Field(ge=1e-6, le=1)] = 1.0
     min_p: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
-    repetition_penalty: PositiveFloat = 1.0  # above 1: ids that prompt or text have already become less likely
+    repetition_penalty: Annotated[float, pydantic.Field(ge=0.01, le=100)] = (
+        1.0  # above 1: ids that prompt or text have already become less likely
+    )
     greedy: bool = False  # the most likely id, always
     cache: Literal["float32", "bfloat16"] | None = None  # of keys and values; None: the dtype of the computation
     seed: Seed = 0
-    batch: Positive | None = None  # texts that a device draws together; None: as many as memory holds, up to some hundreds
-    file_texts: Positive = 8192  # of one file of a draw: what a stopped draw loses at most
+    batch: Positive | None = None  # texts that a device draws together; None: as many as memory holds, up to 256 on a CPU
+    file_texts: Annotated[int, pydantic.Field(gt=0, le=1_000_000)] = (
+        8192  # of one file of a draw: what a stopped draw loses at most
+    )
     checkpoints: Annotated[tuple[Fraction, ...], pydantic.Field(min_length=1)] = (
         1.0,
     )  # fractions of training at which every arm is drawn

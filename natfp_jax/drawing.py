@@ -14,7 +14,7 @@ from natfp_jax.params import Params
 from natfp_jax.prompts import Prompts
 from natfp_jax.sample import Programs, draw_key, new_slots_for, programs_of, rows_for, slots_for
 from natfp_jax.strategy import called, strategy_of
-from natfp_jax.study import Draw
+from natfp_jax.study import Draw, draws
 from natfp_jax.train import load_params
 from natfp_jax.turns import Drawn, draw
 from natfp_jax.workspace import Workspace
@@ -72,6 +72,8 @@ def _rows(work: Workspace) -> int:
     sampling, padded = work.study.sampling, work.store.tokenizer.padded_size
     if sampling.batch is not None:
         return sampling.batch
+    if rows := processes.led(partial(_recorded_rows, work)):
+        return int(rows)
     slots = slots_for(work.longest_prompt) + new_slots_for(sampling.lengths[-1])
     memory = processes.led(lambda: mesh.device_memory(work.devices))
     texts = min(len(work.prompts), sampling.file_texts)
@@ -79,8 +81,15 @@ def _rows(work: Workspace) -> int:
     return min(rows_for(model, padded, slots, texts, work.devices, memory, sampling.cache) for model in models)
 
 
+def _recorded_rows(work: Workspace) -> int | None:
+    """What a study that was begun, perhaps where memory is another, has been drawn with."""
+    there = (path for one in draws(work.study) for path in work.draw_paths(one) if texts.exists(path))
+    first = next(there, None)
+    return None if first is None else int(texts.read_record(first)["numerics"]["rows"])
+
+
 def _draw(work: Workspace, some: list[Draw], numbers: Sequence[int], told: Told) -> None:
-    sampling, tokenizer, temperature = work.study.sampling, work.store.tokenizer, work.temperature_of(some[0])
+    sampling, tokenizer, temperature = work.study.sampling, work.store.tokenizer, some[0].drawn_at(work.study.sampling)
     model, strategy = work.arms[some[0].arm].experiment.model, strategy_of(sampling, temperature)
     sizes = tokenizer.size, tokenizer.padded_size, tokenizer.eos_id, _rows(work)
     programs = programs_of(model, strategy, *sizes, work.devices, sampling.cache)
@@ -106,7 +115,7 @@ def _write(work: Workspace, one: Draw, number: int, prompts: Prompts, drawn: Dra
         "draw": [one.number] * n,
         "arm": [one.arm] * n,
         "checkpoint": [one.step] * n,
-        "temperature": [work.temperature_of(one)] * n,
+        "temperature": [one.drawn_at(work.study.sampling)] * n,
         "prompt_id": prompts.ids,
         "document_id": prompts.documents,
         "prompt": prompts.texts,

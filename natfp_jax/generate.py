@@ -16,6 +16,8 @@ from natfp_jax.turns import draw
 
 __all__ = ["continuations"]
 
+_ROWS = 8  # drawn together: always as many, so that a text does not depend on how many are asked for
+
 
 def continuations(trained: Trained, prompt: str, texts: int, sampling: Sampling, devices: jax.sharding.Mesh) -> list[str]:
     """So many continuations of a prompt, each with noise of its own; of an empty one, whole texts.
@@ -33,8 +35,8 @@ def continuations(trained: Trained, prompt: str, texts: int, sampling: Sampling,
             f"the prompt has {len(ids)} tokens with EOS, the model was trained on {trained.context} at a time: shorten it"
         )
     strategy = strategy_of(sampling, temperature)
-    padded, size = tokenizer.padded_size, tokenizer.size
-    programs = programs_of(trained.model, strategy, size, padded, tokenizer.eos_id, texts, devices, sampling.cache)
+    sizes = tokenizer.size, tokenizer.padded_size, tokenizer.eos_id, _ROWS
+    programs = programs_of(trained.model, strategy, *sizes, devices, sampling.cache)
     key = draw_key(sampling.seed, trained.fingerprint, trained.step, called(sampling, temperature), 0)
     numbers = [int(hashlib.sha256(f"{number} {prompt}".encode()).hexdigest()[:16], 16) for number in range(texts)]
     weights = programs.weights([lambda: trained.params])

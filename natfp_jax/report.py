@@ -91,8 +91,7 @@ def _numerics(work: Workspace, records: dict[str, dict[int, dict[str, Any]]]) ->
         for stage, found in (("train", trained), ("sample", sampled)):
             names = dict.fromkeys(name for record in found for name in record)
             if fields := [name for name in names if any(record.get(name) != found[0].get(name) for record in found)]:
-                name = ", ".join(part for part in (comparison.name, comparison.setting) if part)
-                place = {"comparison": name, "checkpoint": comparison.step}
+                place = {"comparison": comparison.title, "checkpoint": comparison.step}
                 differ.append({**place, "stage": stage, "fields": fields})
     every_training = [
         (f"{arm} @ {step}", record["numerics"]) for arm, steps in records.items() for step, record in steps.items()

@@ -135,6 +135,20 @@ class Programs:
         An arm's are loaded, laid into its places, and given up before the next one's. Of a parameter every device has all but
         what `tensor` cuts: to gather it anew for every token would cost more than to draw the token.
         """
+        all_R = self._no_weights()
+        for number, arm in enumerate(arms):
+            one = self._unrolled(arm())
+            for place in range(number, self.devices.shape["replica"], len(arms)):
+                all_R = self._put(all_R, one, mesh.lay(np.int32(place), self._none))
+            del one
+        return all_R
+
+    @cached_property
+    def _unrolled(self) -> Callable[[Params], Params]:
+        return jax.jit(partial(unrolled, self.model))
+
+    @cached_property
+    def _no_weights(self) -> Callable[[], Params]:
         ways = self.devices.shape["replica"]
         shapes = jax.eval_shape(partial(unrolled, self.model), abstract(self._specs))
 
@@ -142,12 +156,7 @@ class Programs:
             found: Params = jax.tree.map(lambda leaf: jnp.zeros((ways, *leaf.shape), leaf.dtype), shapes)
             return found
 
-        all_R, alone = jax.jit(empty, out_shardings=self._weight_shardings)(), jax.jit(partial(unrolled, self.model))
-        for number, arm in enumerate(arms):
-            one = alone(arm())
-            for place in range(number, ways, len(arms)):
-                all_R = self._put(all_R, one, mesh.lay(np.int32(place), self._none))
-        return all_R
+        return jax.jit(empty, out_shardings=self._weight_shardings)
 
     @cached_property
     def _weight_shardings(self) -> Params:

@@ -4,8 +4,7 @@ Owns what each stage reads and writes, and what makes it done; each does only wh
 error that names both sides. Must not know how any stage computes, nor how results look.
 """
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -61,7 +60,10 @@ class Work(Workspace):
             check(arm.experiment, self.store_of(arm), self.study.run, self.devices)
         for temperature in self.study.sampling.temperatures:
             strategy_of(self.study.sampling, temperature)
-        _ = self.longest_prompt  # too few prompts, or too long ones, are known before hours of training
+        # What is wrong with the prompts is known before hours of training; their file may be another one elsewhere.
+        processes.agree({"prompts": self.prompts.sha256})
+        _ = self.longest_prompt
+        attribution.parts(self.prompts.documents, self.study.attribution, f"study {self.study.name}")
         processes.led(lambda: self._write_arms(listed))
 
     def _write_arms(self, listed: dict[str, Any]) -> None:
@@ -142,24 +144,21 @@ class Work(Workspace):
 
     def _test_rows(self) -> np.ndarray:
         """The rows, in the order of the prompts, of the test part: the ceiling is computed there alone."""
-        settings = self.study.attribution
-        parts_N = stats.split(
-            self.prompts.documents,
-            settings.split_seed,
-            validation=settings.validation_fraction,
-            test=settings.test_fraction,
-        )
+        parts_N = attribution.parts(self.prompts.documents, self.study.attribution, f"study {self.study.name}")
         return np.flatnonzero(parts_N == "test")
 
     def _likelihoods(self, drawn: dict[Draw, Any]) -> dict[tuple[Draw, str, int], np.ndarray]:
         """(draw, arm, step) → log-likelihood of the draw's test texts under the arm's checkpoint: [texts, lengths]."""
         test = self._test_rows()
-        pairs: dict[tuple[str, int], list[Draw]] = {}  # checkpoint → draws of other arms that it must score
+        # With a cache of another precision the sampler's own is not what a forward pass gives, so that all are scored alike.
+        cache, arms = self.study.sampling.cache, self.arms.values()
+        recorded = all(cache in (None, arm.experiment.model.dtype) for arm in arms)
+        pairs: dict[tuple[str, int], list[Draw]] = {}  # checkpoint → draws that it must score: of other arms
         for comparison in self.comparisons:
             for one in comparison.draws:
                 for other in comparison.draws:
                     known = pairs.setdefault((other.arm, other.step), [])
-                    if other.arm != one.arm and one not in known:
+                    if (other.arm != one.arm or not recorded) and one not in known:
                         known.append(one)
         # A draw's own likelihood is what its sampler recorded; so is that under an arm of bitwise equal weights.
         hashes = processes.led(lambda: [self.run_of(arm).record(step)["weights"] for arm, step in pairs])
@@ -167,9 +166,9 @@ class Work(Workspace):
         found = {}
         for (name, step), scored in pairs.items():
             for one in [one for one in drawn if one in scored or one.arm == name]:
-                if weights[one.arm, one.step] == weights[name, step]:
-                    own = drawn[one]["log_probabilities"].take(test).to_pylist()
-                    found[one, name, step] = self._summed(itertools.zip_longest(*own, fillvalue=0.0))
+                if recorded and weights[one.arm, one.step] == weights[name, step]:
+                    own = drawn[one]["log_probabilities"].take(test)
+                    found[one, name, step] = self._summed(texts.dense(own, self.study.sampling.lengths[-1]))
             scored[:] = [one for one in scored if (one, name, step) not in found]
         total = sum(map(len, pairs.values())) * len(test)
         ways = mesh.text_ways(self.devices)
@@ -186,19 +185,19 @@ class Work(Workspace):
                         prompts,
                         drawn[one]["ids"].take(test).to_pylist(),
                         arm.experiment.model,
-                        strategy_of(self.study.sampling, self.temperature_of(one)),
+                        strategy_of(self.study.sampling, one.drawn_at(self.study.sampling)),
                         self.store.tokenizer.size,
                         max(_SCORE_ROWS // ways, 1) * ways,
                         self.devices,
                     )
-                    found[one, name, step] = self._summed(log_p_NW.T)
+                    found[one, name, step] = self._summed(log_p_NW)
                     advance(len(test))
         return found
 
-    def _summed(self, log_p_WN: Iterable[Sequence[float]]) -> np.ndarray:
+    def _summed(self, log_p_NW: np.ndarray) -> np.ndarray:
         """The log-likelihood of each text's beginnings, a column a length, from those of its ids."""
-        total_WN = np.cumsum(np.array(list(log_p_WN), np.float64), axis=0)
-        return np.stack([total_WN[min(length, len(total_WN)) - 1] for length in self.study.sampling.lengths], axis=1)
+        lengths = self.study.sampling.lengths
+        return np.stack([log_p_NW[:, :length].sum(axis=1, dtype=np.float64) for length in lengths], axis=1)
 
     def attribute(self) -> None:
         """Scores every comparison, unless that was done with the same texts and settings."""
@@ -252,9 +251,8 @@ class Work(Workspace):
         with self.progress.task("attribute", len(self.comparisons) * len(settings.classifiers), "classifiers") as advance:
             for comparison in self.comparisons:
                 sources = [(label, one) for label, pooled in comparison.classes.items() for one in pooled]
-                setting = f", {comparison.setting}" if comparison.setting else ""
                 compared = attribution.Comparison(
-                    name=f"{comparison.name} @ {comparison.step}{setting}",
+                    name=f"{comparison.name} @ {comparison.step}" + (comparison.setting and f", {comparison.setting}"),
                     rows=np.concatenate([start[one] + np.arange(count) for _, one in sources]),
                     labels=[label for label, _ in sources for _ in range(count)],
                     prompts=prompts * len(sources),
@@ -274,7 +272,7 @@ class Work(Workspace):
                             "name": comparison.name,
                             "factor": comparison.factor,
                             "checkpoint": comparison.step,
-                            "temperature": self.temperature_of(comparison.draws[0]),
+                            "temperature": comparison.draws[0].drawn_at(self.study.sampling),
                             "new_tokens": comparison.length,
                             "setting": comparison.setting,
                             "draws": [one.name for one in comparison.draws],

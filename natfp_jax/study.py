@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from natfp_jax.config import Experiment, Factor, Study, replace, to_json
+from natfp_jax.config import Experiment, Factor, Sampling, Study, replace, to_json
 from natfp_jax.errors import UserError
 from natfp_jax.files import canonical_json, hash_json
 
@@ -40,6 +40,10 @@ class Draw(NamedTuple):
         warmth = "" if self.temperature is None else f".t{self.temperature}"
         return f"{self.arm}.step{self.step}{warmth}.draw{self.number}"
 
+    def drawn_at(self, sampling: Sampling) -> float:
+        """Its temperature."""
+        return sampling.temperatures[0] if self.temperature is None else self.temperature
+
     def files(self, texts: int, each: int) -> list[str]:
         """The names of its files, so many texts in each, as Hugging Face `datasets` names the parts of a split."""
         count = -(-texts // each)
@@ -56,6 +60,11 @@ class Comparison:
     classes: dict[str, tuple[Draw, ...]]
     length: int  # tokens of each text that are compared, at most
     setting: str = ""  # temperature and length in words, where the study has several
+
+    @property
+    def title(self) -> str:
+        """Its name and its setting."""
+        return ", ".join(part for part in (self.name, self.setting) if part)
 
     @property
     def draws(self) -> list[Draw]:

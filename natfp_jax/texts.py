@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from natfp_jax import files
 from natfp_jax.errors import Damaged
 
-__all__ = ["SCHEMA", "digest", "exists", "ragged", "read", "read_all", "read_record", "sealed", "verify", "write"]
+__all__ = ["SCHEMA", "dense", "digest", "exists", "ragged", "read", "read_all", "read_record", "sealed", "verify", "write"]
 
 SCHEMA = pa.schema(
     {
@@ -41,6 +41,15 @@ def ragged(values_NW: np.ndarray, length_N: np.ndarray) -> pa.ListArray:
     kept_NW = np.arange(values_NW.shape[1]) < length_N[:, None]
     offsets = np.concatenate([[0], np.cumsum(length_N)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_NW[kept_NW]))
+
+
+def dense(column: pa.ListArray | pa.ChunkedArray, width: int) -> np.ndarray:
+    """The inverse of `ragged`: [N, width], zero behind a row's end."""
+    length_N = pc.list_value_length(column).to_numpy()
+    values = pc.list_flatten(column).to_numpy()
+    out_NW = np.zeros((len(length_N), width), values.dtype)
+    out_NW[np.arange(width) < length_N[:, None]] = values
+    return out_NW
 
 
 def digest(ids: pa.ListArray | pa.ChunkedArray) -> str:

@@ -51,7 +51,7 @@ def trained(path: Path, devices: jax.sharding.Mesh, tokenizer: Path | None = Non
       UserError: there is no such checkpoint, or its tokenizer is not found.
       Damaged: a file is not what was written.
     """
-    run, step = _place(path)
+    run, step = _place(path.resolve())  # also "." is in a folder
     owner = files.read_json(run.folder / "experiment.json", f"move {run.folder} away")
     experiment = config.from_json(Experiment, owner["experiment"])
     found = _tokenizer(run.folder.parent.parent, str(owner["inputs"]["tokenizer"]), tokenizer)

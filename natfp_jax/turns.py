@@ -144,7 +144,7 @@ class _Queue:
         while now is None and not self.ended:
             if any(map(len, self.waiting)):
                 now = self._filled()
-            elif self.left and all(age > min(self.left) for age in self.under_way):  # else more may come to them
+            elif self.left and all(age >= min(self.left) for age in self.under_way):  # else more may come to them
                 now = self.left.pop(min(self.left))
             elif not self.under_way:
                 return None

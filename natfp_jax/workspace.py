@@ -188,10 +188,6 @@ class Workspace:
         source = self.study.sampling.prompt_file or "the corpus"
         return self.prompts.check(self.store.tokenizer, context, source)
 
-    def temperature_of(self, one: Draw) -> float:
-        """The temperature of a draw."""
-        return self.study.sampling.temperatures[0] if one.temperature is None else one.temperature
-
     def draw_paths(self, one: Draw) -> list[Path]:
         """The sample files of a draw."""
         sampling = self.study.sampling
@@ -202,7 +198,7 @@ class Workspace:
         kept = config.to_json(self.study.sampling)
         names = ("top_k", "top_p", "min_p", "repetition_penalty", "greedy", "cache", "seed")
         tokens = self.study.sampling.lengths[-1]
-        return {"new_tokens": tokens, "temperature": self.temperature_of(one), **{name: kept[name] for name in names}}
+        return {"new_tokens": tokens, "temperature": one.drawn_at(self.study.sampling), **{name: kept[name] for name in names}}
 
     def draw_inputs(self, one: Draw) -> dict[str, str]:
         """The hashes of all that a draw is made from."""

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,11 +40,18 @@ def test_a_checkpoint_is_opened_by_its_folder_and_a_run_at_its_last(out, tiny, t
         assert found.fingerprint == tiny_run.owner()
 
 
+def test_a_folder_may_be_given_from_within_it(out, one_device, monkeypatch):
+    monkeypatch.chdir(out / "runs" / "0123")
+    assert trained(Path(), one_device).step == 16
+
+
 def test_texts_begin_with_nothing_but_the_prompt_and_have_noise_of_their_own(out, one_device):
     model = trained(out / "runs" / "0123", one_device)
     texts = continuations(model, "One day", 5, Sampling(new_tokens=20), one_device)
     assert len(set(texts)) == 5
     assert texts == continuations(model, "One day", 5, Sampling(new_tokens=20), one_device)
+    assert texts[:3] == continuations(model, "One day", 3, Sampling(new_tokens=20), one_device)
+    assert texts == continuations(model, "One day", 11, Sampling(new_tokens=20), one_device)[:5]
     assert texts[:2] != continuations(model, "One day", 5, Sampling(new_tokens=20, seed=1), one_device)[:2]
     greedy = continuations(model, "One day", 2, Sampling(new_tokens=20, greedy=True), one_device)
     assert greedy[0] == greedy[1]
@@ -103,11 +111,12 @@ def natfp(*args):
 
 def test_the_commands(out, tmp_path):
     run = out / "runs" / "0123"
-    done = natfp("generate", run, "--prompt", "Once [bold]", "--texts", "2", "--new-tokens", "12")
+    prompt = "x =\t:warning: [bold]"
+    done = natfp("generate", run, "--prompt", prompt, "--texts", "2", "--new-tokens", "12")
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.split("─" * 100 + "\n")
-    assert first.startswith("Once [bold]")
-    assert second.startswith("Once [bold]")
+    assert first.startswith(prompt)
+    assert second.startswith(prompt)
     for args, said in (
         (("--temperature", "0"), "a temperature is above 0; greedy=true takes the most likely id, always"),
         (("--texts", "0"), "--texts 0: give a number of texts, 1 or more"),

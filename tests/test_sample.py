@@ -385,7 +385,7 @@ def test_how_many_batches_are_drawn_side_by_side_changes_nothing(monkeypatch, th
 def test_what_goes_wrong_in_one_thread_ends_all():
     class Broken(Counted):
         def turn(self, *arguments):
-            if len(self.turns) == 5:
+            if len(self.turns) >= 5:
                 raise RuntimeError("five turns are enough")
             return super().turn(*arguments)
 
@@ -393,7 +393,7 @@ def test_what_goes_wrong_in_one_thread_ends_all():
     tree, prompts = weights(SMALL), prompts_of(1000, SMALL)
     with pytest.raises(RuntimeError, match="five turns are enough"):
         draw(programs, programs.weights([lambda: tree]), [draw_key(0, "arm", 1, "t", 0)], range(1000), prompts, 60)
-    assert len(programs.turns) == 5
+    assert len(programs.turns) < 5 + at_once(ONE)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("natfp draws")]
 
 

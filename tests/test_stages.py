@@ -306,6 +306,41 @@ def test_the_ceiling_of_a_length_is_that_of_the_beginnings(copy):
         assert {k: v for k, v in one.items() if k not in named} == {k: v for k, v in other.items() if k not in named}
 
 
+def test_with_a_cache_of_another_precision_all_likelihoods_are_computed_alike(copy, monkeypatch):
+    """The sampler's own would be of another distribution than those of the other arms."""
+    scored, original = [], stages.log_likelihoods
+    monkeypatch.setattr(stages, "log_likelihoods", lambda *args: (scored.append(len(args[1])), original(*args))[1])
+    for name, cache in (("same", "float32"), ("half", "bfloat16")):
+        made = everything(copy, replace(STUDY, name=name, sampling=replace(STUDY.sampling, cache=cache, checkpoints=(1.0,))))
+        rows = files.read_json(made.folder / "attribution.json")["comparisons"]
+        assert [row["ceiling"] for row in rows if row["factor"] == "null"] == [0.5]
+        every = {(other.arm, one) for c in made.comparisons for one in c.draws for other in c.draws}
+        assert len(scored) == len(every) if name == "half" else len(scored) < len(every) - 3
+        scored.clear()
+
+
+def test_what_was_drawn_with_so_many_rows_goes_on_with_as_many(copy, monkeypatch):
+    study = replace(STUDY, name="rows", sampling=replace(STUDY.sampling, batch=None, checkpoints=(1.0,)))
+    made = everything(copy, study, stop="sample")
+    first, last = (made.draw_paths(draws(study)[place])[0] for place in (0, -1))
+    rows = texts.read_record(first)["numerics"]["rows"]
+    before = last.read_bytes()
+    last.unlink()
+    monkeypatch.setattr(mesh, "device_memory", lambda devices: 1)
+    everything(copy, study)
+    assert texts.read_record(last)["numerics"]["rows"] == rows > 1
+    assert last.read_bytes() == before
+
+
+def test_prompts_of_too_few_documents_are_refused_before_training(copy, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    records = [{"text": f"Number {number}", "document_id": str(number % 3)} for number in range(150)]
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    study = replace(STUDY, name="few", sampling=replace(STUDY.sampling, prompt_file=str(path)))
+    with pytest.raises(UserError, match="of 3 prompt documents, each part needs"):
+        everything(copy, study, stop="corpus")
+
+
 def test_prompts_of_a_file(copy, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("".join(f"Number {number} of them\n" for number in range(80)))

@@ -254,6 +254,7 @@ def test_ragged_columns_hold_the_beginnings_of_rows():
     values_NW, length_N = random.integers(0, 999, (20, 7)).astype(np.int32), random.integers(0, 8, 20)
     found = texts.ragged(values_NW, length_N)
     assert found.to_pylist() == [row[:length].tolist() for row, length in zip(values_NW, length_N, strict=True)]
+    np.testing.assert_array_equal(texts.dense(found, 9)[:, :7], np.where(np.arange(7) < length_N[:, None], values_NW, 0))
     assert found.type == texts.SCHEMA.field("ids").type
     assert texts.ragged(values_NW.astype(np.float32), length_N).type == texts.SCHEMA.field("log_probabilities").type
 
