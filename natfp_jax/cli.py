@@ -246,7 +246,10 @@ def _trained(checkpoint: Path, tokenizer: Path | None) -> tuple[Any, Any]:
 
     programs.keep()
     devices = mesh.make(config.Mesh(), jax.devices()[:1])
-    return trained(checkpoint, devices, tokenizer), devices
+    try:
+        return trained(checkpoint, devices, tokenizer), devices
+    except Damaged as damage:
+        raise UserError(f"{damage}: run its study again, which makes it anew, or give another checkpoint") from None
 
 
 def generate(
@@ -309,7 +312,12 @@ def export(
     from natfp_jax.hf import export as write
 
     model, _ = _trained(checkpoint, tokenizer)
-    write(model.params, model.model, model.tokenizer, model.context, folder)
+    try:
+        write(model.params, model.model, model.tokenizer, model.context, folder)
+    except OSError as error:
+        if (said := _unwritable(error)) is None:
+            raise
+        raise UserError(f"{said}: make room or give another folder") from None
     _console().print(f"exported: {folder}", highlight=False, soft_wrap=True)
 
 
@@ -361,6 +369,8 @@ def main() -> None:
         )
     except (UserError, Stopped) as error:
         sys.exit(_told(error))
+    except KeyboardInterrupt:  # in a verb that has nothing to save
+        sys.exit(STOPPED)
     except Exception as error:
         if _unwritable(error) is None:
             raise

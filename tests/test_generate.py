@@ -102,6 +102,9 @@ def test_damaged_weights_are_not_drawn_from(copy, one_device):
     arrays.write_bytes(data)
     with pytest.raises(Damaged):
         trained(copy.run, one_device)
+    refused = natfp("generate", copy.run)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.endswith(": run its study again, which makes it anew, or give another checkpoint\n")
 
 
 def natfp(*args):
@@ -126,6 +129,10 @@ def test_the_commands(out, tmp_path):
         assert (refused.returncode, refused.stdout) == (2, "")
         assert said in refused.stderr
         assert refused.stderr.count("\n") == 1
+    (tmp_path / "file").touch()
+    refused = natfp("export", run, tmp_path / "file" / "llama")
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.endswith(": make room or give another folder\n")
     exported = natfp("export", run, tmp_path / "llama")
     assert exported.returncode == 0, exported.stderr
     assert {path.name for path in (tmp_path / "llama").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
