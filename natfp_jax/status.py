@@ -41,10 +41,10 @@ def _table(out: Path, path: Path) -> Table:
     arms_path = folder / "arms.json"
     listed = files.read_json(arms_path) if arms_path.exists() else {}
     at_work = lock.held(folder)  # stages come one after the other, so the first that is not done is the one at work
-    draw_files: dict[str, list[list[Path]]] = {}
+    draw_files: dict[str, list[Path]] = {}
     for one in draws(study):
         names = one.files(study.sampling.prompts, study.sampling.file_texts)
-        draw_files.setdefault(one.arm, []).append([folder / "draws" / name for name in names])
+        draw_files.setdefault(one.arm, []).extend(folder / "draws" / name for name in names)
 
     runs = {name: out / "runs" / entry["fingerprint"][:16] for name, entry in listed.items()}
     trained, drawn = {}, {}  # arm → how many of how many
@@ -52,7 +52,7 @@ def _table(out: Path, path: Path) -> Table:
         steps = set(arm.experiment.kept_steps(study.kept_fractions))
         trained[arm.id] = len(steps & _finished(runs[arm.id])) if arm.id in runs else 0, len(steps)
         drawn[arm.id] = (
-            sum(all(map(_drawn, each)) for each in draw_files[arm.id]),
+            sum(map(_drawn, draw_files[arm.id])),
             len(draw_files[arm.id]),
         )
     all_trained, all_drawn = (all(done == of for done, of in counts.values()) for counts in (trained, drawn))
@@ -63,7 +63,7 @@ def _table(out: Path, path: Path) -> Table:
     for name, counts in trained.items():
         corpus = _state(name in listed, at_work)
         train = _counted(*counts, "checkpoints", name in runs and lock.held(runs[name]))
-        table.add_row(Text(name), corpus, train, _counted(*drawn[name], "draws", at_work and all_trained))
+        table.add_row(Text(name), corpus, train, _counted(*drawn[name], "files", at_work and all_trained))
 
     attribution, summary = folder / "attribution.json", folder / "report" / "summary.json"
     attributed = attribution.exists()

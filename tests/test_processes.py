@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from natfp_jax import config, files, mesh, processes
+from natfp_jax import config, files, mesh, processes, texts
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.launcher import Launch
 
@@ -106,7 +106,7 @@ if __name__ == "__main__":
         Path(path).write_text(json.dumps({"calls": calls, "saves": saves}[what](Path(path))))
     processes.leave(0, together=True)
 
-from tests.soak import hosts, meshes  # noqa: E402
+from tests.soak import hosts, meshes, studies  # noqa: E402
 
 # --- real processes ---------------------------------------------------------------------------------------------------
 
@@ -356,3 +356,20 @@ def test_two_processes_make_what_one_makes_of_the_same_devices(tmp_path):
     assert len({one["init_hash"], one["order_hash"], one["fed_hash"], one["weights"]}) == 4
     assert one["step"] == 8
     assert one["collectives"] == two["collectives"] == "processes"
+
+
+def test_two_processes_draw_what_one_draws_of_the_same_devices(tmp_path):
+    """Arms side by side, and each draw in several files."""
+    study, more = studies.written(tmp_path), ("run.mesh.replica=2", "run.mesh.data=2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    for verb in ("train", "sample"):
+        command = studies.command(study, one, 1, 0, 0, *more, verb=verb)
+        subprocess.run(command, env=meshes.environment(4), check=True, capture_output=True)
+        with studies.Command(study, two, 2, tmp_path / "compiled", *more, verb=verb) as running:
+            ends = running.ended()
+        assert [code for code, _ in ends] == [0, 0], ends
+    paths = sorted((one / "studies" / "soak" / "draws").glob("*.parquet"))
+    assert len(paths) == 10 * 3
+    for path in paths:
+        other = two / path.relative_to(one)
+        assert texts.read(path).equals(texts.read(other)), path.name

@@ -558,7 +558,7 @@ def states(out, arm):
 
 def test_status_follows_a_study_from_its_first_file_to_its_report(tree):
     folder, name = tree / "studies" / "small", "init0-order0"
-    assert states(tree, name) == ["missing", "missing, 0 of 4 checkpoints", "missing, 0 of 4 draws"]
+    assert states(tree, name) == ["missing", "missing, 0 of 4 checkpoints", "missing, 0 of 8 files"]
     with alone(folder):
         assert states(tree, name)[0] == "running"
         runs = prepare(tree)
@@ -568,7 +568,7 @@ def test_status_follows_a_study_from_its_first_file_to_its_report(tree):
             (runs[name] / "checkpoints" / step / "manifest.json").touch()
         with alone(runs[name]):
             assert states(tree, name)[:2] == ["done", "running, 2 of 4 checkpoints"]
-            assert states(tree, "init1-order0")[1:] == ["missing, 0 of 4 checkpoints", "missing, 0 of 2 draws"]
+            assert states(tree, "init1-order0")[1:] == ["missing, 0 of 4 checkpoints", "missing, 0 of 4 files"]
         assert states(tree, name)[1] == "missing, 2 of 4 checkpoints"
         for run in runs.values():
             for step in ("0", "20", "100", "200"):

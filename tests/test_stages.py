@@ -332,6 +332,16 @@ def test_what_was_drawn_with_so_many_rows_goes_on_with_as_many(copy, monkeypatch
     assert last.read_bytes() == before
 
 
+def test_processes_agree_on_the_prompts(copy, tmp_path, monkeypatch):
+    """Each reads the file itself, which may be another one on another host."""
+    agreed, path = {}, tmp_path / "prompts.txt"
+    path.write_text("".join(f"Number {number} of them\n" for number in range(150)))
+    monkeypatch.setattr(stages.processes, "agree", agreed.update)
+    study = replace(STUDY, name="given", sampling=replace(STUDY.sampling, prompt_file=str(path)))
+    made = everything(copy, study, stop="corpus")
+    assert agreed["prompts"] == made.prompts.sha256
+
+
 def test_prompts_of_too_few_documents_are_refused_before_training(copy, tmp_path):
     path = tmp_path / "prompts.jsonl"
     records = [{"text": f"Number {number}", "document_id": str(number % 3)} for number in range(150)]

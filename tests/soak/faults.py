@@ -186,8 +186,8 @@ def text_of_another_arm(place: Place) -> None:
     """A draw of arm A under arm B's name, sealed again."""
     draws = place.out / "studies" / "soak" / "draws"
     step = place.steps(A)[-1]
-    name = f"{B}.step{step}.draw0-00000-of-00001.parquet"
-    shutil.copy(draws / f"{A}.step{step}.draw0-00000-of-00001.parquet", draws / name)
+    name = f"{B}.step{step}.draw0-00000-of-00003.parquet"
+    shutil.copy(draws / f"{A}.step{step}.draw0-00000-of-00003.parquet", draws / name)
     record = files.read_json((draws / name).with_suffix(".manifest.json"))["record"]
     files.write_json((draws / name).with_suffix(".manifest.json"), {"record": record, "files": files.manifest(draws, [name])})
 

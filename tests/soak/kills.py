@@ -50,7 +50,7 @@ def begun(out: Path, stage: str, since: float) -> bool:
     trained = len(list(runs.glob("*/lineage.json"))) == 4
     if stage == "train":
         return arms and runs.exists() and not trained
-    drawn = len(list((study / "draws").glob("*.manifest.json"))) == 10
+    drawn = len(list((study / "draws").glob("*.manifest.json"))) == 10 * 3
     if stage == "sample":
         return trained and not drawn
     return drawn and not (study / "attribution.json").exists()

@@ -31,7 +31,7 @@ study = Study(
     ),
     factors=(Factor("seeds.init", (0, 1)), Factor("seeds.order", (0, 1))),
     run=Run(log_every=5, validation_windows=16, save_minutes=0.003, heartbeat_seconds=5),
-    sampling=Sampling(prompts=160, prompt_chars=20, new_tokens=16, batch=64, checkpoints=(0.3, 1.0)),
+    sampling=Sampling(prompts=160, prompt_chars=20, new_tokens=16, batch=64, file_texts=60, checkpoints=(0.3, 1.0)),
     attribution=Attribution(bootstraps=999),
 )
 """
