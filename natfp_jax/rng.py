@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["fold", "generator", "stream", "words"]
+__all__ = ["fold", "generator", "packed", "stream", "unpacked", "words"]
 
 
 def words(name: str | int) -> tuple[int, ...]:
@@ -42,6 +42,16 @@ def stream(seed: int | jax.Array, *names: str | int) -> jax.Array:
     """The typed threefry key of the stream `names` of `seed` (an integer below 2^32)."""
     # The implementation is named: draws of rbg depend on the sharding, threefry's do not.
     return fold(jax.random.key(jnp.uint32(seed), impl="threefry2x32"), *names)
+
+
+def packed(key: jax.Array) -> jax.Array:
+    """A key, or several, as plain numbers: uint32 [..., 2]."""
+    return jax.random.key_data(key)
+
+
+def unpacked(numbers: jax.Array) -> jax.Array:
+    """The inverse of `packed`."""
+    return jax.random.wrap_key_data(numbers, impl="threefry2x32")
 
 
 def generator(seed: int, name: str, *names: str | int) -> np.random.Generator:

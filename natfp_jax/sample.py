@@ -180,7 +180,7 @@ class Programs:
 
     def keys(self, draws: Sequence[jax.Array]) -> jax.Array:
         """The keys of the draws, laid as their weights are, as words: uint32 [R, 2]."""
-        words = np.stack([np.asarray(jax.random.key_data(key)) for key in draws])
+        words = np.stack([np.asarray(rng.packed(key)) for key in draws])
         places = np.arange(self.devices.shape["replica"]) % len(draws)
         return mesh.lay(words[places], NamedSharding(self.devices, PartitionSpec("replica")))
 
@@ -252,7 +252,7 @@ class Programs:
         self, weights_1: Params, key_12: jax.Array, prompt_B2: jax.Array, tokens_BP: jax.Array, length_B: jax.Array
     ) -> tuple[Rows, New]:
         weights = jax.tree.map(lambda leaf: leaf[0], weights_1)
-        key = jax.random.wrap_key_data(key_12[0], impl="threefry2x32")
+        key = rng.unpacked(key_12[0])
         key_B = jax.vmap(lambda words: jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1]))(prompt_B2)
         done_B, length_B = length_B == 0, jnp.maximum(length_B, 1)
         x_BD, cache = self._read(weights, tokens_BP, length_B)
@@ -263,9 +263,7 @@ class Programs:
             seen_BV = jnp.zeros((len(tokens_BP), self._padded), bool).at[rows_B1, tokens_BP].max(there_BP)
         token_B, log_p_B, done_B, seen_BV = self._pick(weights, x_BD, key_B, jnp.int32(0), done_B, seen_BV)
         cache = jax.tree.map(lambda a_BKSH: _padded(a_BKSH, tokens_BP.shape[1] + NEW_SLOTS), cache)
-        return Rows(jax.random.key_data(key_B), length_B, token_B, done_B, seen_BV, cache), New(
-            token_B[:, None], log_p_B[:, None]
-        )
+        return Rows(rng.packed(key_B), length_B, token_B, done_B, seen_BV, cache), New(token_B[:, None], log_p_B[:, None])
 
     def _read(self, weights: Params, tokens_BP: jax.Array, length_B: jax.Array) -> tuple[jax.Array, Cache]:
         """The states `x_BD` that follow the prompts, and their keys and values; all places of a prompt at once."""
@@ -291,7 +289,7 @@ class Programs:
 
     def _turn(self, prompt_slots: int, width: int, weights_1: Params, rows: Rows, age_2: jax.Array) -> tuple[Rows, New]:
         weights = jax.tree.map(lambda leaf: leaf[0], weights_1)
-        key_B = jax.random.wrap_key_data(rows.key_B, impl="threefry2x32")
+        key_B = rng.unpacked(rows.key_B)
         (first, last), count = age_2, len(rows.token_B)
         slot_S = jnp.arange(rows.cache[0].k_BKSH.shape[2])
 

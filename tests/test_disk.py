@@ -21,7 +21,7 @@ STUDY = Study(
     ),
     factors=(Factor("seeds.init", (0, 1)),),
     run=Run(checkpoints=(0.25, 0.5, 0.75), validation_windows=16),
-    sampling=config.Sampling(prompts=10, prompt_chars=20),
+    sampling=config.Sampling(prompts=30, prompt_chars=20),
 )
 FILE = "from natfp_jax.config import *\n\nstudy = from_json(Study, {!r})\n"
 

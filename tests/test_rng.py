@@ -1,5 +1,6 @@
 """Streams are addressed by name, and no two share their numbers."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -71,8 +72,8 @@ def test_no_collision_among_many_streams():
     assert len(numbers) == 20 * 48
 
 
-def test_no_two_arms_checkpoints_or_draws_share_noise():
-    grid = [(seed, arm, step, number) for seed in (0, 1) for arm in ("a0", "0a", "") for step in (0, 1) for number in (0, 1)]
+def test_no_two_arms_checkpoints_strategies_or_draws_share_noise():
+    grid = list(itertools.product((0, 1), ("a0", "0a", ""), (0, 1), ("greedy", "temperature 1.0"), (0, 1)))
     assert len({bits(draw_key(*place)) for place in grid}) == len(grid)
 
 
@@ -106,6 +107,14 @@ def test_a_stream_is_threefry_whatever_the_default(implementation):
         key = rng.stream(7, "init")
         assert bits(key) == bits(before)
         assert jax.random.key_impl(key) == "threefry2x32"
+
+
+def test_packed_keys_are_the_same_keys():
+    keys = jax.random.split(rng.stream(7, "init"), 5)
+    numbers = rng.packed(keys)
+    assert (numbers.shape, numbers.dtype) == ((5, 2), np.uint32)
+    assert (jax.random.bits(rng.unpacked(numbers)[3]) == jax.random.bits(keys[3])).all()
+    assert jax.random.key_impl(rng.unpacked(numbers)) == "threefry2x32"
 
 
 def test_a_traced_seed_gives_the_same_stream():
