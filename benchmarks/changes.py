@@ -52,24 +52,22 @@ WAYS = {
 }
 
 
-def _inverse(key: Any, z_V: Any) -> tuple[Any, Any]:
+def _inverse(key: Any, z_V: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
     p_V = jax.nn.softmax(z_V)
-    token = jnp.minimum((jnp.cumsum(p_V) < jax.random.uniform(key)).sum(), len(z_V) - 1).astype(jnp.int32)
-    return token, jnp.log(p_V[token])
+    return jnp.minimum((jnp.cumsum(p_V) < jax.random.uniform(key)).sum(), len(z_V) - 1).astype(jnp.int32)
 
 
-def _gumbel(key: Any, z_V: Any) -> tuple[Any, Any]:
+def _gumbel(key: Any, z_V: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    token = jax.random.categorical(key, z_V, mode="high").astype(jnp.int32)
-    return token, jax.nn.log_softmax(z_V)[token]
+    return jax.random.categorical(key, z_V, mode="high").astype(jnp.int32)
 
 
-DRAWN_BY: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {"by inverse": _inverse, "by Gumbel": _gumbel}
+DRAWN_BY: dict[str, Callable[[Any, Any], Any]] = {"by inverse": _inverse, "by Gumbel": _gumbel}
 
 
 def ids_of(run: Path, way: Way, texts: int) -> tuple[np.ndarray, float]:
@@ -92,7 +90,7 @@ def ids_of(run: Path, way: Way, texts: int) -> tuple[np.ndarray, float]:
     model, tokenizer = replace(found.model, dtype=way.dtype), found.tokenizer
     sizes = tokenizer.size, tokenizer.padded_size, tokenizer.eos_id, way.rows
     programs = sample.Programs(model, (), *sizes, over, way.cache)
-    weights, key = programs.weights([lambda: found.params]), sample.draw_key(0, "changes", 0, "temperature 1.0", 0)
+    weights, key = programs.weights([lambda: found.params]), sample.draw_key(0, "changes", 0, (), 0)
     beginnings = [stories.story(1, index)[:50] for index in range(texts)]
     prompts = [[tokenizer.eos_id, *ids] for ids in tokenizer.encode_batch(beginnings)]
     few = 2 * way.rows * devices

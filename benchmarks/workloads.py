@@ -240,7 +240,7 @@ def build_natfp_texts(shape: TextShape, greedy: bool = False) -> Callable[[int],
         nonlocal done
         found = []
         for _ in range(count):
-            key = draw_key(0, "benchmark", 0, "", done)
+            key = draw_key(0, "benchmark", 0, strategy, done)
             (drawn,) = draw(programs, weights, [key], range(shape.batch), shape.prompts(done).tolist(), shape.new)
             _whole(shape, drawn.id_NW, drawn.length_N.sum())
             found.append(drawn.id_NW.tolist() if greedy else drawn.id_NW.size)

@@ -100,6 +100,8 @@ def _stages(study: Study, how: How, stages: tuple[str, ...], stop: Stop) -> dict
             try:
                 with work.claimed():
                     work.corpus()
+                    if "attribute" in stages:
+                        _ = work.test_rows  # too few documents are known before hours of training
                     for stage in stages:
                         getattr(work, stage)()
                     if "attribute" in stages or not stages:
@@ -282,9 +284,19 @@ def generate(
     """
     from natfp_jax.config import Sampling, replace
 
-    sampling, given = Sampling(), locals()
-    for name in ("new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "greedy", "seed"):
-        sampling = replace(sampling, name, given[name])
+    given = {
+        "new_tokens": new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "greedy": greedy,
+        "seed": seed,
+    }
+    sampling = Sampling()
+    for name, value in given.items():
+        sampling = replace(sampling, name, value)
     if texts < 1:
         raise UserError(f"--texts {texts}: give a number of texts, 1 or more")
     from natfp_jax.generate import continuations
@@ -370,6 +382,7 @@ def main() -> None:
     except (UserError, Stopped) as error:
         sys.exit(_told(error))
     except KeyboardInterrupt:  # in a verb that has nothing to save
+        print("natfp: stopped; the same command begins anew", file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     except Exception as error:
         if _unwritable(error) is None:

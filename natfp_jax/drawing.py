@@ -1,11 +1,15 @@
 """The sample stage: which draws of a study are made side by side, and what is written of them.
 
-Owns the way from a study's missing files to the sampler and back. Must not know how a token is drawn.
+Owns the way from a study's missing files to the sampler and back, and
+from its texts to their likelihood by the sampler. Must not know how a token is drawn.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
+
+import jax
+import numpy as np
 
 from natfp_jax import mesh, processes, texts
 from natfp_jax.lineage import numerics
@@ -13,13 +17,13 @@ from natfp_jax.pace import TextPace
 from natfp_jax.params import Params
 from natfp_jax.prompts import Prompts
 from natfp_jax.sample import Programs, draw_key, new_slots_for, programs_of, rows_for, slots_for
-from natfp_jax.strategy import called, strategy_of
+from natfp_jax.strategy import strategy_of
 from natfp_jax.study import Draw, draws
 from natfp_jax.train import load_params
 from natfp_jax.turns import Drawn, draw
 from natfp_jax.workspace import Workspace
 
-__all__ = ["sample"]
+__all__ = ["sample", "scored"]
 
 _TOGETHER = 1024  # texts that are decoded together
 Told = Callable[[int, int], None]  # of texts that have ended, and of tokens that were drawn
@@ -48,9 +52,9 @@ def sample(work: Workspace) -> None:
         TextPace(work.progress.say, count) as pace,
     ):
 
-        def told(texts: int, tokens: int) -> None:
-            advance(texts)
-            pace.drawn(texts, tokens)
+        def told(ended: int, tokens: int) -> None:
+            advance(ended)
+            pace.drawn(ended, tokens)
 
         for some in _side_by_side(work, missing):
             _draw(work, some, missing[some[0]], told)
@@ -89,23 +93,50 @@ def _recorded_rows(work: Workspace) -> int | None:
 
 
 def _draw(work: Workspace, some: list[Draw], numbers: Sequence[int], told: Told) -> None:
-    sampling, tokenizer, temperature = work.study.sampling, work.store.tokenizer, some[0].drawn_at(work.study.sampling)
-    model, strategy = work.arms[some[0].arm].experiment.model, strategy_of(sampling, temperature)
-    sizes = tokenizer.size, tokenizer.padded_size, tokenizer.eos_id, _rows(work)
-    programs = programs_of(model, strategy, *sizes, work.devices, sampling.cache)
-    weights = programs.weights([partial(_weights, work, one) for one in some])
-    named = called(sampling, temperature)
-    keys = [draw_key(sampling.seed, work.identities[one.arm].fingerprint, one.step, named, one.number) for one in some]
+    sampling, programs = work.study.sampling, _programs(work, some[0].arm, some[0])
+    weights = programs.weights([partial(_weights, work, one.arm, one.step) for one in some])
+    keys = [_key(work, one) for one in some]
     for number in numbers:
         prompts = work.prompts.part(number * sampling.file_texts, sampling.file_texts)
-        found = draw(programs, weights, keys, prompts.ids, prompts.encoded(tokenizer), sampling.lengths[-1], told)
+        encoded = prompts.encoded(work.store.tokenizer)
+        found = draw(programs, weights, keys, prompts.ids, encoded, sampling.lengths[-1], told)
         for one, drawn in zip(some, found, strict=True):
             processes.led(partial(_write, work, one, number, prompts, drawn, programs))
 
 
-def _weights(work: Workspace, one: Draw) -> Params:
-    arm = work.arms[one.arm]
-    return load_params(work.run_of(arm.id), one.step, arm.experiment, work.store_of(arm), work.devices)
+def scored(work: Workspace, one: Draw, ids_NW: np.ndarray, prompts: Prompts, arm: str, step: int, told: Told) -> np.ndarray:
+    """log p of each id of some of a draw's texts as the sampler would record it, had it drawn them from another arm.
+
+    Args:
+      ids_NW: texts, with EOS behind their ends; W: the tokens that are drawn.
+      prompts: theirs.
+
+    Returns:
+      In nats: float32 [N, W], zero behind a text's end.
+    """
+    programs, new_tokens = _programs(work, arm, one), work.study.sampling.lengths[-1]
+    weights, encoded = programs.weights([partial(_weights, work, arm, step)]), prompts.encoded(work.store.tokenizer)
+    (found,) = draw(programs, weights, [_key(work, one)], prompts.ids, encoded, new_tokens, told, [ids_NW])
+    return found.log_p_NW
+
+
+def _programs(work: Workspace, arm: str, one: Draw) -> Programs:
+    """What draws from an arm, or scores under it, as a draw has it."""
+    sampling, tokenizer = work.study.sampling, work.store.tokenizer
+    model, strategy = work.arms[arm].experiment.model, strategy_of(sampling, one.drawn_at(sampling))
+    sizes = tokenizer.size, tokenizer.padded_size, tokenizer.eos_id, _rows(work)
+    return programs_of(model, strategy, *sizes, work.devices, sampling.cache)
+
+
+def _key(work: Workspace, one: Draw) -> jax.Array:
+    sampling = work.study.sampling
+    strategy = strategy_of(sampling, one.drawn_at(sampling))
+    return draw_key(sampling.seed, work.identities[one.arm].fingerprint, one.step, strategy, one.number)
+
+
+def _weights(work: Workspace, arm: str, step: int) -> Params:
+    trained = work.arms[arm]
+    return load_params(work.run_of(arm), step, trained.experiment, work.store_of(trained), work.devices)
 
 
 def _write(work: Workspace, one: Draw, number: int, prompts: Prompts, drawn: Drawn, programs: Programs) -> None:

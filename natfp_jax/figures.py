@@ -7,7 +7,6 @@ from or where figures are stored.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from natfp_jax.files import whole_file
+from natfp_jax.findings import Row, titled
 
 __all__ = ["accuracies", "confusion", "losses", "save"]
 
@@ -25,8 +25,6 @@ DPI = 110
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osvP"
 GREY = "#777777"
-
-Row = Mapping[str, Any]  # one classifier's result on one comparison, as in summary.json
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -120,6 +118,6 @@ def confusion(row: Row) -> Figure:
         axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
     axes.set_xlabel("source named by the classifier")
     axes.set_ylabel("true source")
-    axes.set_title(f"{row['name']}, step {row['checkpoint']}, {row['classifier']}", fontsize=10)
+    axes.set_title(f"{titled(row)}, step {row['checkpoint']}, {row['classifier']}", fontsize=10)
     figure.colorbar(image, ax=axes, label="of the source's test texts (%)", shrink=0.8)
     return figure

@@ -10,7 +10,7 @@ import jax
 from natfp_jax.config import Sampling
 from natfp_jax.errors import UserError
 from natfp_jax.sample import draw_key, programs_of
-from natfp_jax.strategy import called, strategy_of
+from natfp_jax.strategy import strategy_of
 from natfp_jax.trained import Trained
 from natfp_jax.turns import draw
 
@@ -26,9 +26,13 @@ def continuations(trained: Trained, prompt: str, texts: int, sampling: Sampling,
       sampling: its strategy, seed and number of new tokens.
 
     Raises:
-      UserError: the prompt is longer than what the model was trained on, or the strategy contradicts itself.
+      UserError: the prompt is longer than what the model was trained on, or no UTF-8, or the strategy contradicts itself.
     """
     tokenizer, (temperature,) = trained.tokenizer, sampling.temperatures
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not UTF-8 (character {error.start + 1}): give it as UTF-8") from None
     ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
     if len(ids) > trained.context:
         raise UserError(
@@ -37,7 +41,7 @@ def continuations(trained: Trained, prompt: str, texts: int, sampling: Sampling,
     strategy = strategy_of(sampling, temperature)
     sizes = tokenizer.size, tokenizer.padded_size, tokenizer.eos_id, _ROWS
     programs = programs_of(trained.model, strategy, *sizes, devices, sampling.cache)
-    key = draw_key(sampling.seed, trained.fingerprint, trained.step, called(sampling, temperature), 0)
+    key = draw_key(sampling.seed, trained.fingerprint, trained.step, strategy, 0)
     numbers = [int(hashlib.sha256(f"{number} {prompt}".encode()).hexdigest()[:16], 16) for number in range(texts)]
     weights = programs.weights([lambda: trained.params])
     (drawn,) = draw(programs, weights, [key], numbers, [ids] * texts, sampling.lengths[-1])

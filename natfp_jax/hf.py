@@ -65,8 +65,9 @@ def export(params: Params, model: Model, tokenizer: Tokenizer, context: int, fol
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: remove it, or give the name of a folder that does not exist or is empty")
 
-    hidden = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    hidden = folder.with_name(f".{folder.name}.tmp")
     weights = hidden / "model.safetensors"
+    shutil.rmtree(hidden, ignore_errors=True)  # what an export that was killed has left
     try:
         hidden.mkdir(parents=True)
         for name, value in {

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from natfp_jax.config import Sampling
 from natfp_jax.corpus import Store
-from natfp_jax.datasets.text_folder import jsonl, lines, text_of
+from natfp_jax.datasets.text_folder import jsonl, lines, text_of, whole
 from natfp_jax.errors import UserError
 from natfp_jax.tokenizer import Tokenizer
 
@@ -151,7 +151,7 @@ def _parquet(path: Path, key: str) -> Iterator[tuple[str, str | None]]:
             for record in batch.to_pylist():
                 number += 1
                 yield _prompt(record, key, f"{path}, row {number}")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}): give a whole Parquet file") from None
 
 
@@ -160,4 +160,4 @@ def _prompt(record: Any, key: str, where: str) -> tuple[str, str | None]:
     if not text.strip():
         raise UserError(f"{where}: the prompt is empty: remove it")
     document = record.get("document_id")
-    return text, None if document is None else str(document)
+    return text, None if document is None else whole(str(document), where)

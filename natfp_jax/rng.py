@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["fold", "generator", "packed", "stream", "unpacked", "words"]
+__all__ = ["fold", "fold_words", "generator", "packed", "stream", "unpacked", "words"]
 
 
 def words(name: str | int) -> tuple[int, ...]:
@@ -36,6 +36,11 @@ def fold(key: jax.Array, *names: str | int) -> jax.Array:
         for word in words(name):
             key = jax.random.fold_in(key, jnp.uint32(word))
     return key
+
+
+def fold_words(key: jax.Array, words_2: jax.Array) -> jax.Array:
+    """`fold` of one name by its two words, uint32 [2]: under jit, where names are data."""
+    return jax.random.fold_in(jax.random.fold_in(key, words_2[0]), words_2[1])
 
 
 def stream(seed: int | jax.Array, *names: str | int) -> jax.Array:

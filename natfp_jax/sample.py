@@ -1,8 +1,8 @@
 """Drawing texts: the jitted functions.
 
 Owns what a row of texts carries from token to token, the keys of the noise, and the programs that begin rows, draw some more
-tokens of them, and bring together those that are left. Must not know which rows are drawn when (`turns.py`), files, arms or
-studies.
+tokens of them or score those that are given, and bring together those that are left. Must not know which rows are drawn when
+(`turns.py`), files, arms or studies.
 
 A text's bits depend on its weights, its draw's key, its prompt and the number of rows of a device: its slots are decided by the
 length of its prompt and by how far it is, never by its place or its companions.
@@ -36,6 +36,7 @@ __all__ = [
     "at_once",
     "categorical",
     "draw_key",
+    "log_probability",
     "new_slots_for",
     "pad_prompts",
     "programs_of",
@@ -62,9 +63,9 @@ def new_slots_for(tokens: int) -> int:
     return slots_for(tokens, NEW_SLOTS)
 
 
-def draw_key(seed: int, arm: str, step: int, strategy: str, number: int) -> jax.Array:
+def draw_key(seed: int, arm: str, step: int, strategy: Strategy, number: int) -> jax.Array:
     """The key of one draw. `arm` is the experiment's fingerprint: no two arms, checkpoints, strategies or draws share noise."""
-    return rng.stream(seed, "sample", arm, step, strategy, number)
+    return rng.stream(seed, "sample", arm, step, repr(strategy), number)
 
 
 def prompt_words(ids: Sequence[int]) -> np.ndarray:
@@ -92,7 +93,7 @@ class Rows(NamedTuple):
 
 
 class New(NamedTuple):
-    """What was drawn: ids and their log-probability under the strategy, in nats; behind a text's end EOS and zero."""
+    """What was drawn or given: ids and their log-probability under the strategy, in nats; behind a text's end EOS and zero."""
 
     id_BW: jax.Array
     log_p_BW: jax.Array
@@ -187,23 +188,45 @@ class Programs:
     # --- rows ---
 
     def begin(
-        self, weights: Params, keys: jax.Array, prompt_B2: np.ndarray, tokens_BP: np.ndarray, length_B: np.ndarray
+        self,
+        weights: Params,
+        keys: jax.Array,
+        prompt_B2: np.ndarray,
+        tokens_BP: np.ndarray,
+        length_B: np.ndarray,
+        given_BW: np.ndarray | None = None,
     ) -> tuple[Rows, New]:
         """Reads prompts, padded on the right, and draws the first token of each.
 
         Args:
           prompt_B2: the two words of each prompt's id (`prompt_words`).
           length_B: 0 where a place is only filled; else at least 1.
+          given_BW: the first token of each, to be scored instead of drawn: [rows, 1].
         """
-        function = self._spread(self._begin, "draws", "draws", "rows", "rows", "rows")
-        arguments = weights, keys, *mesh.lay((prompt_B2, tokens_BP, length_B), self._laid)
-        return self._run(("begin", tokens_BP.shape[1]), function, (self._rows_laid, self._laid), arguments)
+        function = self._spread(self._begin, "draws", "draws", "rows", "rows", "rows", "rows")
+        arguments = weights, keys, *mesh.lay((prompt_B2, tokens_BP, length_B, given_BW), self._laid)
+        name = "begin", tokens_BP.shape[1], given_BW is None
+        return self._run(name, function, (self._rows_laid, self._laid), arguments)
 
-    def turn(self, weights: Params, rows: Rows, age: int, until: int, prompt_slots: int, width: int) -> tuple[Rows, New]:
-        """Draws tokens `age` to `until` - 1 of each text, at most `width`; the rows that it is given are given up."""
-        function = self._spread(partial(self._turn, prompt_slots, width), "draws", "rows", "same")
-        arguments = weights, rows, mesh.lay(np.array([age, until], np.int32), self._none)
-        name = "turn", prompt_slots, width, _slots(rows)
+    def turn(
+        self,
+        weights: Params,
+        rows: Rows,
+        age: int,
+        until: int,
+        prompt_slots: int,
+        width: int,
+        given_BW: np.ndarray | None = None,
+    ) -> tuple[Rows, New]:
+        """Draws tokens `age` to `until` - 1 of each text, at most `width`; the rows that it is given are given up.
+
+        Args:
+          given_BW: these tokens, to be scored instead of drawn: [rows, `width`].
+        """
+        function = self._spread(partial(self._turn, prompt_slots, width), "draws", "rows", "same", "rows")
+        ages = mesh.lay(np.array([age, until], np.int32), self._none)
+        arguments = weights, rows, ages, mesh.lay(given_BW, self._laid)
+        name = "turn", prompt_slots, width, _slots(rows), given_BW is None
         return self._run(name, function, (self._rows_laid, self._laid), arguments, donated=1)
 
     def arrange(self, sources: Sequence[Rows], place_B: np.ndarray, slots: int) -> Rows:
@@ -212,10 +235,8 @@ class Programs:
         Args:
           place_B: which row of the same device's, counted through all sources; -1: none.
         """
-        function, arguments = (
-            self._spread(partial(_arrange, slots), "rows", "rows"),
-            (tuple(sources), mesh.lay(place_B, self._laid)),
-        )
+        function = self._spread(partial(_arrange, slots), "rows", "rows")
+        arguments = tuple(sources), mesh.lay(place_B, self._laid)
         return self._run(("arrange", slots, *map(_slots, sources)), function, self._rows_laid, arguments)
 
     def grow(self, rows: Rows, slots: int) -> Rows:
@@ -249,11 +270,16 @@ class Programs:
         )
 
     def _begin(
-        self, weights_1: Params, key_12: jax.Array, prompt_B2: jax.Array, tokens_BP: jax.Array, length_B: jax.Array
+        self,
+        weights_1: Params,
+        key_12: jax.Array,
+        prompt_B2: jax.Array,
+        tokens_BP: jax.Array,
+        length_B: jax.Array,
+        given_BW: jax.Array | None,
     ) -> tuple[Rows, New]:
         weights = jax.tree.map(lambda leaf: leaf[0], weights_1)
-        key = rng.unpacked(key_12[0])
-        key_B = jax.vmap(lambda words: jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1]))(prompt_B2)
+        key_B = jax.vmap(rng.fold_words, (None, 0))(rng.unpacked(key_12[0]), prompt_B2)
         done_B, length_B = length_B == 0, jnp.maximum(length_B, 1)
         x_BD, cache = self._read(weights, tokens_BP, length_B)
         seen_BV = None
@@ -261,7 +287,8 @@ class Programs:
             there_BP = jnp.arange(tokens_BP.shape[1]) < length_B[:, None]
             rows_B1 = jnp.arange(len(tokens_BP))[:, None]
             seen_BV = jnp.zeros((len(tokens_BP), self._padded), bool).at[rows_B1, tokens_BP].max(there_BP)
-        token_B, log_p_B, done_B, seen_BV = self._pick(weights, x_BD, key_B, jnp.int32(0), done_B, seen_BV)
+        given_B = None if given_BW is None else given_BW[:, 0]
+        token_B, log_p_B, done_B, seen_BV = self._pick(weights, x_BD, key_B, jnp.int32(0), given_B, done_B, seen_BV)
         cache = jax.tree.map(lambda a_BKSH: _padded(a_BKSH, tokens_BP.shape[1] + NEW_SLOTS), cache)
         return Rows(rng.packed(key_B), length_B, token_B, done_B, seen_BV, cache), New(token_B[:, None], log_p_B[:, None])
 
@@ -287,7 +314,9 @@ class Programs:
         )
         return found
 
-    def _turn(self, prompt_slots: int, width: int, weights_1: Params, rows: Rows, age_2: jax.Array) -> tuple[Rows, New]:
+    def _turn(
+        self, prompt_slots: int, width: int, weights_1: Params, rows: Rows, age_2: jax.Array, given_BW: jax.Array | None
+    ) -> tuple[Rows, New]:
         weights = jax.tree.map(lambda leaf: leaf[0], weights_1)
         key_B = rng.unpacked(rows.key_B)
         (first, last), count = age_2, len(rows.token_B)
@@ -300,7 +329,9 @@ class Programs:
             mask_BS = (slot_S < now.length_B[:, None]) | ((slot_S >= prompt_slots) & (slot_S <= slot))
             position_B1 = (now.length_B + t - 1)[:, None]
             x_B1D, cache = decode(self.model, weights, now.token_B[:, None], position_B1, mask_BS[:, None], now.cache, slot)
-            token_B, log_p_B, done_B, seen_BV = self._pick(weights, x_B1D[:, 0], key_B, t, now.done_B, now.seen_BV)
+            given_B = None if given_BW is None else jax.lax.dynamic_index_in_dim(given_BW, t - first, 1, keepdims=False)
+            picked = self._pick(weights, x_B1D[:, 0], key_B, t, given_B, now.done_B, now.seen_BV)
+            token_B, log_p_B, done_B, seen_BV = picked
             drawn = New(
                 *(
                     jax.lax.dynamic_update_slice(old, some[:, None], (0, t - first))
@@ -322,33 +353,37 @@ class Programs:
         x_BD: jax.Array,
         key_B: jax.Array,
         t: jax.Array,
+        given_B: jax.Array | None,
         done_B: jax.Array,
         seen_BV: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """Token `t` of each text, its log-probability, which have ended by now, and what they have seen."""
         z_BV = effective(self.strategy, logits(x_BD, head(weights), self._vocabulary), seen_BV)
-        token_B, log_p_B = jax.vmap(categorical)(jax.vmap(jax.random.fold_in, (0, None))(key_B, t), z_BV)
+        if given_B is None:
+            given_B = jax.vmap(categorical)(jax.vmap(jax.random.fold_in, (0, None))(key_B, t), z_BV)
+        token_B, log_p_B = given_B, jax.vmap(log_probability)(z_BV, given_B)
         token_B, log_p_B = jnp.where(done_B, self.eos, token_B), jnp.where(done_B, 0.0, log_p_B)
         if seen_BV is not None:
             seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
         return token_B, log_p_B, done_B | (token_B == self.eos), seen_BV
 
 
-def categorical(key: jax.Array, z_V: jax.Array) -> tuple[jax.Array, jax.Array]:
+def categorical(key: jax.Array, z_V: jax.Array) -> jax.Array:
     """An exact draw in two steps, first the block of 128 ids, then the id in it: p(id) = p(block) · p(id | block).
 
     One Gumbel value an id would cost more than the model at small sizes; this needs V / 128 + 128 of them. High resolution:
     the default noise is biased for tokens rarer than about 1e-7.
-
-    Returns:
-      The id, and its log-probability.
     """
     z_bW = z_V.reshape(-1, _BLOCK)
-    all_b = jax.nn.logsumexp(z_bW, axis=-1)
     block_key, id_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-    block = jax.random.categorical(block_key, all_b, mode="high")
+    block = jax.random.categorical(block_key, jax.nn.logsumexp(z_bW, axis=-1), mode="high")
     place = jax.random.categorical(id_key, z_bW[block], mode="high")
-    return (block * _BLOCK + place).astype(jnp.int32), z_bW[block, place] - jax.nn.logsumexp(all_b)
+    return (block * _BLOCK + place).astype(jnp.int32)
+
+
+def log_probability(z_V: jax.Array, token: jax.Array) -> jax.Array:
+    """Of an id, by way of the same sums of blocks that it is drawn by."""
+    return z_V[token] - jax.nn.logsumexp(jax.nn.logsumexp(z_V.reshape(-1, _BLOCK), axis=-1))
 
 
 def _padded(a_BKSH: jax.Array, slots: int) -> jax.Array:

@@ -4,9 +4,11 @@ Owns what each stage reads and writes, and what makes it done; each does only wh
 error that names both sides. Must not know how any stage computes, nor how results look.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from natfp_jax import attribution, classify, config, files, mesh, processes, sta
 from natfp_jax.ceiling import log_likelihoods
 from natfp_jax.cohort import fitting, standing
 from natfp_jax.config import Study
-from natfp_jax.drawing import sample
+from natfp_jax.drawing import sample, scored
 from natfp_jax.errors import Failed, UserError
 from natfp_jax.lock import alone
 from natfp_jax.member import Member
@@ -58,12 +60,17 @@ class Work(Workspace):
         processes.agree({**hashes, **{f"fingerprint of arm {arm}": one.fingerprint for arm, one in identities.items()}})
         for arm in self.arms.values():
             check(arm.experiment, self.store_of(arm), self.study.run, self.devices)
-        for temperature in self.study.sampling.temperatures:
-            strategy_of(self.study.sampling, temperature)
+        sampling = self.study.sampling
+        for temperature in sampling.temperatures:
+            strategy_of(sampling, temperature)
+        if sampling.file_texts * sampling.lengths[-1] >= 2**31:
+            raise UserError(
+                f"sampling.file_texts {sampling.file_texts} times {sampling.lengths[-1]} new tokens are more than a column "
+                f"of one file holds: set sampling.file_texts={2**30 // sampling.lengths[-1]} or fewer"
+            )
         # What is wrong with the prompts is known before hours of training; their file may be another one elsewhere.
         processes.agree({"prompts": self.prompts.sha256})
         _ = self.longest_prompt
-        attribution.parts(self.prompts.documents, self.study.attribution, f"study {self.study.name}")
         processes.led(lambda: self._write_arms(listed))
 
     def _write_arms(self, listed: dict[str, Any]) -> None:
@@ -142,57 +149,64 @@ class Work(Workspace):
 
     # --- attribute ---
 
-    def _test_rows(self) -> np.ndarray:
-        """The rows, in the order of the prompts, of the test part: the ceiling is computed there alone."""
+    @cached_property
+    def test_rows(self) -> np.ndarray:
+        """The rows, in the order of the prompts, of the test part: the ceiling is computed there alone.
+
+        Raises:
+          UserError: a part has too few documents.
+        """
         parts_N = attribution.parts(self.prompts.documents, self.study.attribution, f"study {self.study.name}")
         return np.flatnonzero(parts_N == "test")
 
     def _likelihoods(self, drawn: dict[Draw, Any]) -> dict[tuple[Draw, str, int], np.ndarray]:
         """(draw, arm, step) → log-likelihood of the draw's test texts under the arm's checkpoint: [texts, lengths]."""
-        test = self._test_rows()
-        # With a cache of another precision the sampler's own is not what a forward pass gives, so that all are scored alike.
-        cache, arms = self.study.sampling.cache, self.arms.values()
-        recorded = all(cache in (None, arm.experiment.model.dtype) for arm in arms)
-        pairs: dict[tuple[str, int], list[Draw]] = {}  # checkpoint → draws that it must score: of other arms
+        test = self.test_rows
+        pairs: dict[tuple[str, int], list[Draw]] = {}  # checkpoint → draws that are compared with its own
         for comparison in self.comparisons:
             for one in comparison.draws:
                 for other in comparison.draws:
                     known = pairs.setdefault((other.arm, other.step), [])
-                    if (other.arm != one.arm or not recorded) and one not in known:
+                    if one not in known:
                         known.append(one)
         # A draw's own likelihood is what its sampler recorded; so is that under an arm of bitwise equal weights.
         hashes = processes.led(lambda: [self.run_of(arm).record(step)["weights"] for arm, step in pairs])
         weights = dict(zip(pairs, hashes, strict=True))
-        found = {}
-        for (name, step), scored in pairs.items():
-            for one in [one for one in drawn if one in scored or one.arm == name]:
-                if recorded and weights[one.arm, one.step] == weights[name, step]:
-                    own = drawn[one]["log_probabilities"].take(test)
-                    found[one, name, step] = self._summed(texts.dense(own, self.study.sampling.lengths[-1]))
-            scored[:] = [one for one in scored if (one, name, step) not in found]
-        total = sum(map(len, pairs.values())) * len(test)
-        ways = mesh.text_ways(self.devices)
-        prompts = Prompts(self.prompts.table.take(test)).encoded(self.store.tokenizer)
-        with self.progress.task("likelihood ceiling", total, "texts") as advance:
-            for (name, step), scored in pairs.items():
-                if not scored:
-                    continue
-                arm = self.arms[name]
-                params = load_params(self.run_of(name), step, arm.experiment, self.store_of(arm), self.devices)
-                for one in scored:
-                    log_p_NW = log_likelihoods(
-                        params,
-                        prompts,
-                        drawn[one]["ids"].take(test).to_pylist(),
-                        arm.experiment.model,
-                        strategy_of(self.study.sampling, one.drawn_at(self.study.sampling)),
-                        self.store.tokenizer.size,
-                        max(_SCORE_ROWS // ways, 1) * ways,
-                        self.devices,
-                    )
+        found, unknown = {}, list[tuple[str, int, Draw]]()
+        for (name, step), compared in pairs.items():
+            for one in compared:
+                if weights[one.arm, one.step] == weights[name, step]:
+                    log_p_NW = texts.dense(drawn[one]["log_probabilities"].take(test), self.study.sampling.lengths[-1])
                     found[one, name, step] = self._summed(log_p_NW)
-                    advance(len(test))
+                else:
+                    unknown.append((name, step, one))
+        with self.progress.task("likelihood ceiling", len(unknown) * len(test), "texts") as advance:
+            for (name, step), some in itertools.groupby(unknown, key=lambda each: each[:2]):
+                ids = {one: drawn[one]["ids"].take(test) for _, _, one in some}
+                for one, log_p_NW in zip(ids, self._scored(name, step, ids, test, advance), strict=True):
+                    found[one, name, step] = self._summed(log_p_NW)
         return found
+
+    def _scored(
+        self, name: str, step: int, ids: dict[Draw, Any], test: np.ndarray, advance: Callable[[int], None]
+    ) -> Iterator[np.ndarray]:
+        """log p of each id of draws' test texts under an arm's checkpoint, draw by draw: [N, W]."""
+        arm, sampling, tokenizer = self.arms[name], self.study.sampling, self.store.tokenizer
+        prompts = Prompts(self.prompts.table.take(test))
+        if "bfloat16" in (arm.experiment.model.dtype, sampling.cache):
+            # There a forward pass is another distribution than the sampler's: a truncation could not have drawn its own texts.
+            for one, column in ids.items():
+                ids_NW = texts.dense(column, sampling.lengths[-1], tokenizer.eos_id)
+                yield scored(self, one, ids_NW, prompts, name, step, lambda ended, _: advance(ended))
+            return
+        params = load_params(self.run_of(name), step, arm.experiment, self.store_of(arm), self.devices)
+        encoded, ways = prompts.encoded(tokenizer), mesh.text_ways(self.devices)
+        batch = max(_SCORE_ROWS // ways, 1) * ways
+        for one, column in ids.items():
+            strategy, drawn = strategy_of(sampling, one.drawn_at(sampling)), column.to_pylist()
+            model = arm.experiment.model
+            yield log_likelihoods(params, encoded, drawn, model, strategy, tokenizer.size, batch, self.devices)
+            advance(len(drawn))
 
     def _summed(self, log_p_NW: np.ndarray) -> np.ndarray:
         """The log-likelihood of each text's beginnings, a column a length, from those of its ids."""
@@ -238,7 +252,7 @@ class Work(Workspace):
     def _attributions(
         self, drawn: dict[Draw, Any], likelihoods: dict[tuple[Draw, str, int], np.ndarray]
     ) -> list[dict[str, Any]]:
-        settings, count, test = self.study.attribution, len(self.prompts), self._test_rows()
+        settings, count, test = self.study.attribution, len(self.prompts), self.test_rows
         start, lengths = {one: place * count for place, one in enumerate(drawn)}, self.study.sampling.lengths
         features = {
             length: [

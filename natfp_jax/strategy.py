@@ -22,7 +22,6 @@ __all__ = [
     "Temperature",
     "TopK",
     "TopP",
-    "called",
     "effective",
     "remembers",
     "strategy_of",
@@ -108,7 +107,8 @@ class Greedy:
 
 
 Step = RepetitionPenalty | Temperature | TopK | TopP | MinP | Greedy
-Strategy = tuple[Step, ...]  # hashable, so that it can be a static argument
+# Hashable, so that it can be a static argument; the noise of a draw is named after how it is written.
+Strategy = tuple[Step, ...]
 
 
 def strategy_of(sampling: Sampling, temperature: float) -> Strategy:
@@ -135,11 +135,6 @@ def strategy_of(sampling: Sampling, temperature: float) -> Strategy:
     if sampling.min_p > 0:
         steps.append(MinP(sampling.min_p))
     return tuple(steps)
-
-
-def called(sampling: Sampling, temperature: float) -> str:
-    """What the noise of a draw at one of the temperatures is named after."""
-    return "greedy" if sampling.greedy else f"temperature {temperature}"
 
 
 def remembers(strategy: Strategy) -> bool:

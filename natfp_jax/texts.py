@@ -43,11 +43,11 @@ def ragged(values_NW: np.ndarray, length_N: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_NW[kept_NW]))
 
 
-def dense(column: pa.ListArray | pa.ChunkedArray, width: int) -> np.ndarray:
-    """The inverse of `ragged`: [N, width], zero behind a row's end."""
+def dense(column: pa.ListArray | pa.ChunkedArray, width: int, fill: int = 0) -> np.ndarray:
+    """The inverse of `ragged`: [N, width], `fill` behind a row's end."""
     length_N = pc.list_value_length(column).to_numpy()
     values = pc.list_flatten(column).to_numpy()
-    out_NW = np.zeros((len(length_N), width), values.dtype)
+    out_NW = np.full((len(length_N), width), fill, values.dtype)
     out_NW[np.arange(width) < length_N[:, None]] = values
     return out_NW
 

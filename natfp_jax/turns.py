@@ -54,6 +54,7 @@ def draw(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     advance: Callable[[int, int], None] = lambda texts, tokens: None,
+    given: Sequence[np.ndarray] | None = None,
 ) -> list[Drawn]:
     """One text of each prompt from each draw, up to and including EOS or `new_tokens`.
 
@@ -63,9 +64,12 @@ def draw(
       ids: of the prompts, below 2^64 and all different: a text's noise is that of its draw and its prompt's id.
       prompts: their ids, at least one each.
       advance: told of texts that have ended and of tokens drawn.
+      given: of each draw texts of its prompts, [N, `new_tokens`] with EOS behind their ends: they are scored, by the very
+        programs that draw, and nothing is drawn.
     """
     count = len(prompts)
-    queue = _Queue(programs, weights, programs.keys(keys), len(keys), prompt_words(ids), prompts, new_tokens, advance)
+    given_NW = None if given is None else np.concatenate(given)
+    queue = _Queue(programs, weights, programs.keys(keys), len(keys), prompt_words(ids), prompts, new_tokens, advance, given_NW)
     for slots in sorted({slots_for(len(prompt)) for prompt in prompts}):
         queue.drain(slots)
     length = _lengths(queue.id_NW, programs.eos)
@@ -86,9 +90,11 @@ class _Queue:
         prompts: Sequence[Sequence[int]],
         new_tokens: int,
         advance: Callable[[int, int], None],
+        given_NW: np.ndarray | None,
     ) -> None:
         self.programs, self.weights, self.keys, self.draws = programs, weights, keys, draws
         self.words_N2, self.prompts, self.new_tokens, self.advance = words_N2, prompts, new_tokens, advance
+        self.given_NW = given_NW
         self.id_NW = np.full((draws * len(prompts), new_tokens), programs.eos, np.int32)
         self.log_p_NW = np.zeros((draws * len(prompts), new_tokens), np.float32)
         self.ages = _ages(new_tokens)
@@ -96,15 +102,17 @@ class _Queue:
         each = programs.ways // programs.devices.shape["replica"]
         self.draw_of = [device // each % draws for device in range(programs.ways)]
         self.changed, self.ended = threading.Condition(), False
+        self.slots = 0  # of the prompts at hand
+        self.waiting: list[np.ndarray] = []  # of each draw, the places of their texts
         self.lacking = 0  # texts that have not ended
+        self.left: dict[int, _Batch] = {}  # by age
+        self.under_way: list[int] = []  # their ages
 
     def drain(self, slots: int) -> None:
         """Draws the texts of all prompts that have so many slots."""
         here = np.array([place for place, prompt in enumerate(self.prompts) if slots_for(len(prompt)) == slots])
         self.slots, self.waiting = slots, [number * len(self.prompts) + here for number in range(self.draws)]
         self.lacking += sum(map(len, self.waiting))
-        self.left: dict[int, _Batch] = {}  # by age
-        self.under_way: list[int] = []  # their ages
         threads = at_once(self.programs.devices)
         if threads == 1:
             self._work()
@@ -119,7 +127,8 @@ class _Queue:
                         self.ended = True
                         self.changed.notify_all()
             self.ended = False
-        assert self.lacking == 0, f"{self.lacking} texts were lost"
+        if self.lacking:
+            raise RuntimeError(f"{self.lacking} texts were lost")
 
     def _work(self) -> None:
         """Takes one turn after another, until there is nothing left to do."""
@@ -170,7 +179,9 @@ class _Queue:
             prompt_B = np.where(batch.text_B < 0, 0, batch.text_B % len(self.prompts))
             prompts = [self.prompts[place] if text >= 0 else () for text, place in zip(batch.text_B, prompt_B, strict=True)]
             tokens_BP, length_B = pad_prompts(prompts, self.programs.eos, self.slots)
-            batch.rows, new = self.programs.begin(self.weights, self.keys, self.words_N2[prompt_B], tokens_BP, length_B)
+            batch.rows, new = self.programs.begin(
+                self.weights, self.keys, self.words_N2[prompt_B], tokens_BP, length_B, self._given(batch, 1, 1)
+            )
             self._take(batch, new, 1)
             return
         until = next(age for age in self.ages if age > batch.age)
@@ -178,8 +189,18 @@ class _Queue:
             batch.slots = new_slots_for(until)
             batch.rows = self.programs.grow(batch.rows, self.slots + batch.slots)
         width = max(NEW_SLOTS // 2, batch.slots // 4)
-        batch.rows, new = self.programs.turn(self.weights, batch.rows, batch.age, until, self.slots, width)
+        given_BW = self._given(batch, until, width)
+        batch.rows, new = self.programs.turn(self.weights, batch.rows, batch.age, until, self.slots, width, given_BW)
         self._take(batch, new, until)
+
+    def _given(self, batch: _Batch, until: int, width: int) -> np.ndarray | None:
+        """What is to be scored of a batch's texts next."""
+        if self.given_NW is None:
+            return None
+        given_BW = np.full((len(batch.text_B), width), self.programs.eos, np.int32)
+        there_B = batch.text_B >= 0
+        given_BW[there_B, : until - batch.age] = self.given_NW[batch.text_B[there_B], batch.age : until]
+        return given_BW
 
     def _take(self, batch: _Batch, new: New, until: int) -> None:
         """What was drawn, and which texts have ended."""

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from scipy.stats import binom
-from test_sample import EOS, LARGE, MODEL, SMALL, STRATEGIES, drawn, every_logit, prompts_of, reference, weights
+from test_sample import EOS, LARGE, MODEL, ONE, PLAIN, SMALL, STRATEGIES, drawn, every_logit, prompts_of, reference, weights
 
 from natfp_jax import config, mesh
 from natfp_jax.attribution import Comparison, attribute, ceiling
@@ -16,7 +16,7 @@ from natfp_jax.ceiling import log_likelihoods
 from natfp_jax.classify import featurise
 from natfp_jax.config import Attribution
 from natfp_jax.sample import draw_key
-from natfp_jax.strategy import TopK
+from natfp_jax.strategy import Greedy, TopK
 
 
 def scored(tree, prompts, texts, vocabulary, strategy=STRATEGIES[0], batch=100, devices=1, replica=1):
@@ -51,7 +51,7 @@ def by_hand(tree, prompts, texts, vocabulary, strategy):
 @pytest.mark.parametrize(("vocabulary", "strategy"), [(SMALL, STRATEGIES[0]), (LARGE, STRATEGIES[2]), (LARGE, STRATEGIES[3])])
 def test_recorded_and_teacher_forced_likelihoods_are_those_of_the_forward_pass(vocabulary, strategy):
     tree, prompts = weights(vocabulary), prompts_of(250, vocabulary)
-    found = drawn(tree, draw_key(0, "arm", 1, "t", 0), prompts, vocabulary=vocabulary, strategy=strategy)
+    found = drawn(tree, draw_key(0, "arm", 1, PLAIN, 0), prompts, vocabulary=vocabulary, strategy=strategy)
     texts = texts_of(found)
     expected = by_hand(tree, prompts, texts, vocabulary, strategy)
     recorded, forced = found.log_p_NW.sum(axis=1), scored(tree, prompts, texts, vocabulary, strategy)
@@ -66,6 +66,41 @@ def test_recorded_and_teacher_forced_likelihoods_are_those_of_the_forward_pass(v
     np.testing.assert_allclose(recorded[certain], expected[certain], atol=2e-4)
     np.testing.assert_allclose(forced[certain], expected[certain], atol=2e-4)
     assert (recorded < 0).all()
+
+
+@pytest.mark.parametrize("vocabulary", [SMALL, LARGE])
+def test_texts_that_are_given_have_the_likelihood_of_the_forward_pass_under_another_model(vocabulary):
+    """The sampler scores what it did not draw, of each draw the texts that it is given."""
+    trees, prompts = [weights(vocabulary, seed=seed) for seed in range(3)], prompts_of(300, vocabulary)
+    keys = [draw_key(0, f"arm {number}", 1, PLAIN, 0) for number in range(3)]
+    theirs = [drawn(tree, key, prompts, vocabulary=vocabulary) for tree, key in zip(trees, keys, strict=True)]
+    moved = [theirs[(number + 1) % 3] for number in range(3)]
+    for some, texts in (([0], moved[:1]), ([0, 1, 2], moved)):
+        over = mesh.make(config.Mesh(replica=len(some)), jax.devices()[: len(some)])
+        laid = [jax.device_put(trees[number], mesh.replicated(over)) for number in some]
+        ids = [one.id_NW for one in texts]
+        found = drawn(laid, keys[: len(some)], prompts, vocabulary=vocabulary, batch=100, devices=over, given=ids)
+        for tree, one, scores in zip(trees, texts, found, strict=False):
+            np.testing.assert_array_equal(scores.id_NW, one.id_NW)
+            np.testing.assert_array_equal(scores.length_N, one.length_N)
+            expected = by_hand(tree, prompts, texts_of(one), vocabulary, ())
+            np.testing.assert_allclose(scores.log_p_NW.sum(axis=1), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, (Greedy(),)])
+@pytest.mark.parametrize(("dtype", "cache"), [("float32", "bfloat16"), ("bfloat16", None)])
+def test_in_low_precision_a_draw_given_to_its_own_sampler_has_what_was_recorded(strategy, dtype, cache):
+    """Where a forward pass would say of some of them that they cannot be drawn."""
+    model, key, prompts = dataclasses.replace(MODEL, dtype=dtype), draw_key(0, "arm", 1, PLAIN, 0), prompts_of(300, LARGE)
+    made = {"vocabulary": LARGE, "strategy": strategy, "model": model, "cache": cache, "batch": 64, "new": 40}
+    one = drawn(weights(LARGE), key, prompts, **made)
+    again = drawn(weights(LARGE), draw_key(1, "other", 2, PLAIN, 3), prompts, given=[one.id_NW], **made)
+    np.testing.assert_array_equal(again.id_NW, one.id_NW)
+    np.testing.assert_array_equal(again.log_p_NW, one.log_p_NW)
+    assert np.isfinite(one.log_p_NW).all()
+    if strategy == (Greedy(),):
+        forced = log_likelihoods(weights(LARGE), prompts, texts_of(one), model, strategy, LARGE, 100, ONE)
+        assert np.isneginf(forced).any()
 
 
 def test_a_drawn_eos_counts_and_a_truncation_adds_nothing():
@@ -88,7 +123,7 @@ def test_what_the_strategy_cannot_draw_has_likelihood_zero():
 
 def test_a_likelihood_depends_on_neither_companions_nor_batch_nor_mesh():
     tree, prompts = weights(SMALL), prompts_of(130, SMALL)
-    texts = texts_of(drawn(tree, draw_key(0, "arm", 1, "t", 0), prompts, vocabulary=SMALL))
+    texts = texts_of(drawn(tree, draw_key(0, "arm", 1, PLAIN, 0), prompts, vocabulary=SMALL))
     whole = scored(tree, prompts, texts, SMALL)
     order = np.random.default_rng(0).permutation(130)
     permuted = scored(tree, [prompts[i] for i in order], [texts[i] for i in order], SMALL)
@@ -125,7 +160,7 @@ def arms_of(spread, count=600, arms=2):
         jax.tree.map(lambda a, b: a + spread * (b - a), base, weights(SMALL, seed=1 + arm)) if spread else base
         for arm in range(arms)
     ]
-    draws = [drawn(tree, draw_key(0, f"arm {arm}", 1, "t", 0), prompts, vocabulary=SMALL) for arm, tree in enumerate(trees)]
+    draws = [drawn(tree, draw_key(0, f"arm {arm}", 1, PLAIN, 0), prompts, vocabulary=SMALL) for arm, tree in enumerate(trees)]
     texts = [text for found in draws for text in texts_of(found)]
     likelihood_NA = np.stack([scored(tree, prompts * arms, texts, SMALL) for tree in trees], axis=1)
     for arm, found in enumerate(draws):
@@ -171,7 +206,7 @@ def test_nulls_of_one_model_are_rejected_as_often_as_the_test_claims():
     settings = dataclasses.replace(Attribution(), bootstraps=999, regularisation=(0.1, 1.0))
     found = []
     for pair in range(pairs):
-        draws = [drawn(tree, draw_key(0, "arm", 1, "t", 2 * pair + side), prompts, vocabulary=SMALL) for side in range(2)]
+        draws = [drawn(tree, draw_key(0, "arm", 1, PLAIN, 2 * pair + side), prompts, vocabulary=SMALL) for side in range(2)]
         texts = [text for one in draws for text in texts_of(one)]
         features, comparison = compared(f"null {pair}", texts, ["draw 0"] * count + ["draw 1"] * count)
         found.append(attribute(features, comparison, settings))

@@ -65,6 +65,8 @@ def test_a_prompt_must_fit_and_its_text_is_no_special_token(out, one_device):
         UserError, match=r"the prompt has \d+ tokens with EOS, the model was trained on 32 at a time: shorten it"
     ):
         continuations(model, EOS * 20, 1, Sampling(), one_device)
+    with pytest.raises(UserError, match=r"the prompt is not UTF-8 \(character 2\): give it as UTF-8"):
+        continuations(model, "a\udcff", 1, Sampling(), one_device)
 
 
 def test_what_is_no_checkpoint_gives_one_line(copy, one_device, tmp_path):

@@ -114,6 +114,14 @@ def ours(model, tree, ids, vocabulary):
         return np.asarray(logits(hidden(model, tree, jnp.asarray([ids])), head(tree), vocabulary))[0]
 
 
+def greedy(model, tree, tokenizer, prompts, new, devices):
+    """The most likely continuation of each prompt, by our sampler."""
+    programs = programs_of(model, (Greedy(),), tokenizer.size, tokenizer.padded_size, tokenizer.eos_id, 16, devices)
+    key = draw_key(0, "a", 0, (Greedy(),), 0)
+    (found,) = draw(programs, programs.weights([lambda: tree]), [key], range(len(prompts)), prompts, new)
+    return [ids_W[:length].tolist() for ids_W, length in zip(found.id_NW, found.length_N, strict=True)]
+
+
 def ids_of(count, vocabulary, seed=0):
     return np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
 
@@ -140,6 +148,17 @@ def test_every_parameter_counts(path, tokenizer, tmp_path):
     flat = params.flatten(tree)
     export(params.nest({**flat, path: flat[path] * 1.5}), GROUPED, tokenizer, CONTEXT, tmp_path / "other")
     assert np.abs(llama(tmp_path / "one", ids) - llama(tmp_path / "other", ids)).max() > 1e-2
+
+
+def test_greedy_texts_are_the_llamas(tokenizer, one_device, tmp_path):
+    tree, prompts = weights(GROUPED, tokenizer), [[tokenizer.eos_id, *ids_of(n, tokenizer.size, seed=n)] for n in range(5)]
+    export(tree, GROUPED, tokenizer, CONTEXT, tmp_path / "out")
+    for prompt, text in zip(prompts, greedy(GROUPED, tree, tokenizer, prompts, 8, one_device), strict=True):
+        whole = list(prompt)
+        for _ in text:
+            whole.append(int(llama(tmp_path / "out", whole)[-1].argmax()))
+        assert whole[len(prompt) :] == text
+        assert len(text) == 8 or text[-1] == tokenizer.eos_id
 
 
 def test_weights_are_float32_whatever_the_computation_is(tokenizer, tmp_path):
@@ -247,6 +266,13 @@ def test_a_failure_leaves_nothing(number, tokenizer, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_export_left_is_written_over(tokenizer, tmp_path):
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "model.safetensors").write_text("half")
+    export(weights(TIED, tokenizer), TIED, tokenizer, CONTEXT, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
 def test_without_safetensors_the_extra_is_named(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(UserError, match=r"pip install 'natfp-jax\[hf\]'"):
@@ -285,10 +311,7 @@ def test_transformers_have_our_logits_and_greedy_texts(model, tokenizer, transfo
     np.testing.assert_allclose(z_TV, mine, rtol=0, atol=1e-4 * np.abs(mine).max())
 
     prompts = [[tokenizer.eos_id, *ids_of(length, tokenizer.size, seed=length)] for length in range(10)]
-    programs = programs_of(model, (Greedy(),), tokenizer.size, tokenizer.padded_size, tokenizer.eos_id, 16, one_device)
-    found = draw(programs, programs.weights([lambda: tree]), [draw_key(0, "a", 0, "", 0)], range(10), prompts, 24)[0]
-    texts = [ids_W[:length].tolist() for ids_W, length in zip(found.id_NW, found.length_N, strict=True)]
-    for prompt, text in zip(prompts, texts, strict=True):
+    for prompt, text in zip(prompts, greedy(model, tree, tokenizer, prompts, 24, one_device), strict=True):
         with torch.inference_mode():
             whole = theirs.generate(
                 torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=24

@@ -1,5 +1,6 @@
 """Prompts of a file or of held-out documents: distinct, in order, known by their text; a broken file gives one line."""
 
+import io
 import json
 
 import pyarrow as pa
@@ -89,6 +90,13 @@ def test_a_prompt_longer_than_the_context_is_named(tiny_store, tmp_path):
     assert f"prompt 4 of FILE, '{'word ' * 8}...', {said}" in str(caught.value)
 
 
+def no_utf8():
+    """A Parquet file with a text that is none."""
+    file, bytes_ = io.BytesIO(), pa.array([b"a", b"\xff"], pa.binary())
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 2, bytes_.buffers())}), file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "contents", "said"),
     [
@@ -102,6 +110,11 @@ def test_a_prompt_longer_than_the_context_is_named(tiny_store, tmp_path):
         ("p.jsonl", b'{"text": "a"\n', "line 1 is not JSON"),
         ("p.jsonl", b"[]\n", "line 1: no text in field 'text' (got list)"),
         ("p.jsonl", b'{"text": "\\ud800"}\n', "line 1: half of a surrogate pair"),
+        ("p.jsonl", b'{"\\ud800": "a"}\n', "line 1: no text in field 'text' (got fields \ufffd)"),
+        ("p.jsonl", b'{"text": "a", "document_id": "\\ud800"}\n', "line 1: half of a surrogate pair"),
+        ("p.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", "line 1 is not JSON (Exceeds the limit"),
+        ("p.jsonl", b"[" * 100_000 + b"\n", "line 1 is not JSON (maximum recursion depth"),
+        ("p.parquet", no_utf8(), "cannot be read"),
         ("p.parquet", b"text\na\n", "cannot be read"),
         ("p.parquet", b"", "cannot be read"),
     ],

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import natfp_jax
 from natfp_jax import rng
 from natfp_jax.sample import draw_key
+from natfp_jax.strategy import Greedy, Temperature
 
 SEEDS = st.integers(0, 2**32 - 1) | st.integers(0, 3)
 NAMES = st.integers(0, 2**64 - 1) | st.integers(0, 3) | st.text(max_size=5) | st.sampled_from(["init", "order", "0", "1", ""])
@@ -73,7 +74,7 @@ def test_no_collision_among_many_streams():
 
 
 def test_no_two_arms_checkpoints_strategies_or_draws_share_noise():
-    grid = list(itertools.product((0, 1), ("a0", "0a", ""), (0, 1), ("greedy", "temperature 1.0"), (0, 1)))
+    grid = list(itertools.product((0, 1), ("a0", "0a", ""), (0, 1), ((Greedy(),), (), (Temperature(0.5),)), (0, 1)))
     assert len({bits(draw_key(*place)) for place in grid}) == len(grid)
 
 

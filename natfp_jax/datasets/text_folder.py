@@ -18,7 +18,7 @@ import pyarrow
 from natfp_jax.datasets.builder import TextBuilder
 from natfp_jax.errors import UserError
 
-__all__ = ["TextFolder", "jsonl", "lines", "text_of"]
+__all__ = ["TextFolder", "jsonl", "lines", "text_of", "whole"]
 
 _SUFFIXES = tuple(kind + packing for kind in (".txt", ".jsonl") for packing in ("", ".gz", ".zst"))
 _SURROGATE = re.compile("[\ud800-\udfff]")  # which UTF-8 cannot hold
@@ -84,8 +84,9 @@ def jsonl(file: Path) -> Iterator[tuple[int, Any]]:
         if text.strip():
             try:
                 yield number, json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number} is not JSON ({error.msg}): each line must be one JSON object") from None
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting of thousands of levels
+                said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise UserError(f"{file}, line {number} is not JSON ({said}): each line must be one JSON object") from None
 
 
 def text_of(record: Any, key: str, where: str, setting: str) -> str:
@@ -98,12 +99,25 @@ def text_of(record: Any, key: str, where: str, setting: str) -> str:
       UserError: there is none, or it is no whole text.
     """
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        got = f"fields {', '.join(record) or 'none'}" if isinstance(record, dict) else type(record).__name__
+        got = f"fields {', '.join(map(_printable, record)) or 'none'}" if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where}: no text in field {key!r} (got {got}): set {setting}")
-    text: str = record[key]
+    return whole(record[key], where)
+
+
+def whole(text: str, where: str) -> str:
+    """The text itself.
+
+    Raises:
+      UserError: UTF-8 cannot hold it.
+    """
     if _SURROGATE.search(text):
         raise UserError(f"{where}: half of a surrogate pair, which UTF-8 cannot hold: mend or remove the line")
     return text
+
+
+def _printable(text: str) -> str:
+    """The text, on one line, as any terminal can show it."""
+    return _SURROGATE.sub("\ufffd", " ".join(text.split()))
 
 
 def _txt(file: Path) -> str:
