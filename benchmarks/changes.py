@@ -70,6 +70,17 @@ def _gumbel(key: Any, z_V: Any) -> Any:
 DRAWN_BY: dict[str, Callable[[Any, Any], Any]] = {"by inverse": _inverse, "by Gumbel": _gumbel}
 
 
+def _model(run: Path) -> dict[str, Any]:
+    """Which one it is."""
+    import jax
+
+    from natfp_jax import config, mesh
+    from natfp_jax.trained import trained
+
+    found = trained(run, mesh.make(config.Mesh(), jax.devices()[:1]))
+    return {"fingerprint": found.fingerprint, "step": found.step, "prompts": "the first 50 characters of stories(seed=1)"}
+
+
 def ids_of(run: Path, way: Way, texts: int) -> tuple[np.ndarray, float]:
     """The ids [texts, new], and tokens/s."""
     devices = int(np.prod(list(way.mesh.values()) or [1]))
@@ -100,9 +111,10 @@ def ids_of(run: Path, way: Way, texts: int) -> tuple[np.ndarray, float]:
     return drawn.id_NW, float(drawn.length_N.sum()) / (time.perf_counter() - begun)
 
 
-def _apart(run: Path, way: Way, texts: int) -> tuple[np.ndarray, float]:
+def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What it returns in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(ids_of, run, way, texts).result()
+        return pool.submit(function, *arguments).result()
 
 
 def main() -> None:
@@ -114,9 +126,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for by in ("two steps", *DRAWN_BY):
-        base, rate = _apart(arguments.run, Way(by=by), arguments.texts)
+        base, rate = _apart(ids_of, arguments.run, Way(by=by), arguments.texts)
         for name, way in WAYS.items() if by == "two steps" else [("37 rows", WAYS["37 rows"])]:
-            found, other_rate = _apart(arguments.run, replace(way, by=by), arguments.texts)
+            found, other_rate = _apart(ids_of, arguments.run, replace(way, by=by), arguments.texts)
             changed = base != found
             first = np.where(changed.any(axis=1), changed.argmax(axis=1) + 1, NEW)  # tokens until they part
             rows.append(
@@ -133,6 +145,7 @@ def main() -> None:
     found_all = {
         "command": "python -m benchmarks.changes "
         + " ".join(arg if place else "RUN" for place, arg in enumerate(sys.argv[1:])),
+        "model": _apart(_model, arguments.run),
         "new_tokens": NEW,
         "machine": report.machine(),
         "versions": report.versions(),

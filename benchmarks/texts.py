@@ -112,7 +112,7 @@ def main() -> None:
         for row in rows
     ]
     columns = ["texts", "tokens", "command s", "stage s", "texts/s", "tokens/s", "peak memory MB", "files MB"]
-    table = report.show("natfp sample, the quickstart's model", columns, lines)
+    table = report.show("natfp sample, a model of the quickstart's size after 10 steps", columns, lines)
     if arguments.save:
         report.save("texts", found, table)
 
