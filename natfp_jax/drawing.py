@@ -4,7 +4,7 @@ Owns the way from a study's missing files to the sampler and back, and
 from its texts to their likelihood by the sampler. Must not know how a token is drawn.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -104,20 +104,24 @@ def _draw(work: Workspace, some: list[Draw], numbers: Sequence[int], told: Told)
             processes.led(partial(_write, work, one, number, prompts, drawn, programs))
 
 
-def scored(work: Workspace, one: Draw, ids_NW: np.ndarray, prompts: Prompts, arm: str, step: int, told: Told) -> np.ndarray:
-    """log p of each id of some of a draw's texts as the sampler would record it, had it drawn them from another arm.
+def scored(
+    work: Workspace, ids: Mapping[Draw, np.ndarray], prompts: Prompts, arm: str, step: int, told: Told
+) -> Iterator[np.ndarray]:
+    """log p of each id of some texts of draws, as the sampler would record it, had it drawn them from another arm.
 
     Args:
-      ids_NW: texts, with EOS behind their ends; W: the tokens that are drawn.
-      prompts: theirs.
+      ids: of each draw its texts of the prompts, [N, W] with EOS behind their ends; W: the tokens that are drawn.
 
-    Returns:
-      In nats: float32 [N, W], zero behind a text's end.
+    Yields:
+      Of one draw after another, in nats: float32 [N, W], zero behind a text's end.
     """
-    programs, new_tokens = _programs(work, arm, one), work.study.sampling.lengths[-1]
-    weights, encoded = programs.weights([partial(_weights, work, arm, step)]), prompts.encoded(work.store.tokenizer)
-    (found,) = draw(programs, weights, [_key(work, one)], prompts.ids, encoded, new_tokens, told, [ids_NW])
-    return found.log_p_NW
+    weights, new_tokens, encoded = None, work.study.sampling.lengths[-1], prompts.encoded(work.store.tokenizer)
+    for one, ids_NW in ids.items():
+        programs = _programs(work, arm, one)
+        if weights is None:  # they lie the same for every strategy
+            weights = programs.weights([partial(_weights, work, arm, step)])
+        (found,) = draw(programs, weights, [_key(work, one)], prompts.ids, encoded, new_tokens, told, [ids_NW])
+        yield found.log_p_NW
 
 
 def _programs(work: Workspace, arm: str, one: Draw) -> Programs:

@@ -169,13 +169,15 @@ class Work(Workspace):
                     known = pairs.setdefault((other.arm, other.step), [])
                     if one not in known:
                         known.append(one)
-        # A draw's own likelihood is what its sampler recorded; so is that under an arm of bitwise equal weights.
+        # A draw's own likelihood is what its sampler recorded; so is that under an arm of bitwise equal weights and shape.
         hashes = processes.led(lambda: [self.run_of(arm).record(step)["weights"] for arm, step in pairs])
-        weights = dict(zip(pairs, hashes, strict=True))
+        models = {
+            (arm, step): (weights, self.arms[arm].experiment.model) for (arm, step), weights in zip(pairs, hashes, strict=True)
+        }
         found, unknown = {}, list[tuple[str, int, Draw]]()
         for (name, step), compared in pairs.items():
             for one in compared:
-                if weights[one.arm, one.step] == weights[name, step]:
+                if models[one.arm, one.step] == models[name, step]:
                     log_p_NW = texts.dense(drawn[one]["log_probabilities"].take(test), self.study.sampling.lengths[-1])
                     found[one, name, step] = self._summed(log_p_NW)
                 else:
@@ -195,9 +197,8 @@ class Work(Workspace):
         prompts = Prompts(self.prompts.table.take(test))
         if "bfloat16" in (arm.experiment.model.dtype, sampling.cache):
             # There a forward pass is another distribution than the sampler's: a truncation could not have drawn its own texts.
-            for one, column in ids.items():
-                ids_NW = texts.dense(column, sampling.lengths[-1], tokenizer.eos_id)
-                yield scored(self, one, ids_NW, prompts, name, step, lambda ended, _: advance(ended))
+            dense = {one: texts.dense(column, sampling.lengths[-1], tokenizer.eos_id) for one, column in ids.items()}
+            yield from scored(self, dense, prompts, name, step, lambda ended, _: advance(ended))
             return
         params = load_params(self.run_of(name), step, arm.experiment, self.store_of(arm), self.devices)
         encoded, ways = prompts.encoded(tokenizer), mesh.text_ways(self.devices)

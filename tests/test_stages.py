@@ -321,8 +321,22 @@ def test_in_low_precision_the_ceiling_is_by_the_sampler(copy, monkeypatch, sampl
         table = texts.read_all(made.draw_paths(one)).take(test)
         prompts = Prompts(made.prompts.table.take(test))
         ids_NW = texts.dense(table["ids"], 8, made.store.tokenizer.eos_id)
-        found = drawing.scored(made, one, ids_NW, prompts, one.arm, one.step, lambda ended, tokens: None)
+        (found,) = drawing.scored(made, {one: ids_NW}, prompts, one.arm, one.step, lambda ended, tokens: None)
         np.testing.assert_array_equal(found, texts.dense(table["log_probabilities"], 8))
+
+
+def test_equal_weights_that_are_computed_otherwise_have_likelihoods_of_their_own(copy):
+    """At step 0 the arms of one init seed have the same weights."""
+    dtypes = Factor("model.dtype", ("float32", "bfloat16"))
+    sampling = replace(STUDY.sampling, checkpoints=(0.0,), prompts=60)
+    made = everything(copy, replace(STUDY, name="dtypes", factors=(dtypes,), twin=None, sampling=sampling), stop="sample")
+    one, other = (next(each for each in draws(made.study) if each.arm == arm) for arm in made.arms)
+    assert made.run_of(one.arm).record(0)["weights"] == made.run_of(other.arm).record(0)["weights"]
+    found = made._likelihoods({each: texts.read_all(made.draw_paths(each)) for each in draws(made.study)})
+    for mine, theirs in ((one, other), (other, one)):
+        own, others = found[mine, mine.arm, 0], found[mine, theirs.arm, 0]
+        assert (own != others).mean() > 0.9
+        np.testing.assert_allclose(own, others, atol=0.1)
 
 
 def test_what_was_drawn_with_so_many_rows_goes_on_with_as_many(copy, monkeypatch):
