@@ -256,7 +256,7 @@ class Run(Strict):
 
 def _warm(value: float) -> float:
     if value < 1e-4:  # float32 divides by it
-        raise ValueError("a temperature is above 0; greedy=true takes the most likely id, always")
+        raise ValueError("a temperature is 0.0001 or more; greedy=true takes the most likely id, always")
     return value
 
 

@@ -34,12 +34,16 @@ def sample(work: Workspace) -> None:
 
     Raises:
       UserError: an arm is not trained, or a file was drawn from something else.
-      Damaged: a checkpoint is not what was saved.
+      Damaged: a checkpoint is not what was saved, or a file of a draw not what was written.
     """
 
     def wanted() -> list[Any]:
         work.check_trained()
-        return [[*one, numbers] for one, numbers in work.missing_files().items()]
+        missing = work.missing_files()
+        if missing:  # what is added to has to be whole
+            for path in (path for one in draws(work.study) for path in work.draw_paths(one) if texts.exists(path)):
+                texts.verify(path)
+        return [[*one, numbers] for one, numbers in missing.items()]
 
     missing = {Draw(*one): tuple(numbers) for *one, numbers in processes.led(wanted)}
     if not missing:

@@ -123,7 +123,7 @@ def test_the_commands(out, tmp_path):
     assert first.startswith(prompt)
     assert second.startswith(prompt)
     for args, said in (
-        (("--temperature", "0"), "a temperature is above 0; greedy=true takes the most likely id, always"),
+        (("--temperature", "0"), "a temperature is 0.0001 or more; greedy=true takes the most likely id, always"),
         (("--texts", "0"), "--texts 0: give a number of texts, 1 or more"),
         (("--greedy", "--top-k", "3"), "greedy takes the most likely id, always: leave out"),
     ):

@@ -598,6 +598,22 @@ def test_a_damaged_draw_is_not_attributed_and_is_drawn_again_once_it_is_set_asid
     assert results(copy) == results(finished)
 
 
+def test_a_draw_is_not_added_to_where_another_of_its_files_is_damaged(copy):
+    """Nobody reads them until they are attributed; a draw that goes on looks at them all the same."""
+    damaged, missing = (
+        copy / "studies" / "tiny" / "draws" / f"init0.step16.draw0-0000{number}-of-00003.parquet" for number in (0, 2)
+    )
+    wholes = damaged.read_bytes(), missing.read_bytes()
+    damaged.write_bytes(wholes[0][:-4] + b"1234")
+    missing.unlink()
+    with pytest.raises(Damaged) as caught:
+        everything(copy, stop="sample")
+    assert caught.value.path == damaged
+    damaged.rename(damaged.with_name("aside"))
+    everything(copy, stop="sample")
+    assert (damaged.read_bytes(), missing.read_bytes()) == wholes
+
+
 def test_a_damaged_checkpoint_is_not_sampled_from_and_is_trained_again_once_it_is_set_aside(copy, finished):
     """The whole run: damaged weights are found when they are loaded, the step is trained again, the draw drawn again."""
     made = work(copy)

@@ -98,7 +98,11 @@ def text_of(record: Any, key: str, where: str, setting: str) -> str:
     Raises:
       UserError: there is none, or it is no whole text.
     """
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
+    if isinstance(record, dict) and key in record and not isinstance(record[key], str):
+        raise UserError(
+            f"{where}: no text in field {key!r} (got {json.dumps(record[key], default=str)[:40]}): mend or remove it"
+        )
+    if not isinstance(record, dict) or key not in record:
         got = f"fields {', '.join(map(_printable, record)) or 'none'}" if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where}: no text in field {key!r} (got {got}): set {setting}")
     return whole(record[key], where)
