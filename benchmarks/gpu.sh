@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu.sh [PYTHON]
 #
-# PYTHON has natfp_jax, jax with CUDA, PyTorch and transformers. Meant for half an hour on one H100, and not run yet; results/*-cuda.* will hold the figures.
+# PYTHON has natfp_jax, jax with CUDA, PyTorch and transformers. Meant for half an hour on one GPU of 80 GB, and not run yet; results/*-cuda.* will hold the figures.
 set -eu
 python=${1:-python3}
 # All sides stay on the card at once, so that they can be timed in turn: nobody takes all of its memory beforehand.

@@ -145,7 +145,7 @@ def build_natfp(shape: Shape, replicas: list[int], run: Run | None = None) -> Ca
     numbers = laid(program, [optim.hyperparameters(experiment.optimiser, STEPS)] * K)
     windows = np.stack([shape.windows(replica) for replica in replicas], axis=1)
     rows, none = mesh.batch_sharding(laid_over), quiet(laid_over)
-    state = program.stack([lambda replica=replica: program.init(replica) for replica in replicas])  # type: ignore[misc]
+    state = program.stack([lambda replica=replica: program.init(replica) for replica in replicas])
     done = 0
 
     def steps(count: int) -> list[list[float]]:
@@ -162,7 +162,7 @@ def build_natfp(shape: Shape, replicas: list[int], run: Run | None = None) -> Ca
 
     steps(1)  # compiles
     state = None  # else both would be held at once
-    state, done = program.stack([lambda replica=replica: program.init(replica) for replica in replicas]), 0  # type: ignore[misc]
+    state, done = program.stack([lambda replica=replica: program.init(replica) for replica in replicas]), 0
     return steps
 
 

@@ -4,8 +4,7 @@ Owns what each stage reads and writes, and what makes it done; each does only wh
 error that names both sides. Must not know how any stage computes, nor how results look.
 """
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -14,27 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from natfp_jax import attribution, classify, config, files, mesh, processes, stats, texts
-from natfp_jax.ceiling import log_likelihoods
+from natfp_jax import attribution, classify, config, files, processes, scoring, stats, texts
 from natfp_jax.cohort import fitting, standing
 from natfp_jax.config import Study
-from natfp_jax.drawing import sample, scored
+from natfp_jax.drawing import sample
 from natfp_jax.errors import Failed, UserError
 from natfp_jax.lock import alone
 from natfp_jax.member import Member
 from natfp_jax.progress import Progress
-from natfp_jax.prompts import Prompts
 from natfp_jax.runs import damaged_lines
 from natfp_jax.stopping import Stop
 from natfp_jax.strategy import strategy_of
 from natfp_jax.study import Arm, Draw, draws
-from natfp_jax.train import check, load_params, train
+from natfp_jax.train import check, train
 from natfp_jax.workspace import Workspace, write_if_new
 
 __all__ = ["Work"]
 
 _RECIPE = 1  # raised when a change of the code attributes the same texts otherwise
-_SCORE_ROWS = 128  # texts whose likelihood is computed together, about
 
 
 class Work(Workspace):
@@ -159,61 +155,6 @@ class Work(Workspace):
         parts_N = attribution.parts(self.prompts.documents, self.study.attribution, f"study {self.study.name}")
         return np.flatnonzero(parts_N == "test")
 
-    def _likelihoods(self, drawn: dict[Draw, Any]) -> dict[tuple[Draw, str, int], np.ndarray]:
-        """(draw, arm, step) → log-likelihood of the draw's test texts under the arm's checkpoint: [texts, lengths]."""
-        test = self.test_rows
-        pairs: dict[tuple[str, int], list[Draw]] = {}  # checkpoint → draws that are compared with its own
-        for comparison in self.comparisons:
-            for one in comparison.draws:
-                for other in comparison.draws:
-                    known = pairs.setdefault((other.arm, other.step), [])
-                    if one not in known:
-                        known.append(one)
-        # A draw's own likelihood is what its sampler recorded; so is that under an arm of bitwise equal weights and shape.
-        hashes = processes.led(lambda: [self.run_of(arm).record(step)["weights"] for arm, step in pairs])
-        models = {
-            (arm, step): (weights, self.arms[arm].experiment.model) for (arm, step), weights in zip(pairs, hashes, strict=True)
-        }
-        found, unknown = {}, list[tuple[str, int, Draw]]()
-        for (name, step), compared in pairs.items():
-            for one in compared:
-                if models[one.arm, one.step] == models[name, step]:
-                    log_p_NW = texts.dense(drawn[one]["log_probabilities"].take(test), self.study.sampling.lengths[-1])
-                    found[one, name, step] = self._summed(log_p_NW)
-                else:
-                    unknown.append((name, step, one))
-        with self.progress.task("likelihood ceiling", len(unknown) * len(test), "texts") as advance:
-            for (name, step), some in itertools.groupby(unknown, key=lambda each: each[:2]):
-                ids = {one: drawn[one]["ids"].take(test) for _, _, one in some}
-                for one, log_p_NW in zip(ids, self._scored(name, step, ids, test, advance), strict=True):
-                    found[one, name, step] = self._summed(log_p_NW)
-        return found
-
-    def _scored(
-        self, name: str, step: int, ids: dict[Draw, Any], test: np.ndarray, advance: Callable[[int], None]
-    ) -> Iterator[np.ndarray]:
-        """log p of each id of draws' test texts under an arm's checkpoint, draw by draw: [N, W]."""
-        arm, sampling, tokenizer = self.arms[name], self.study.sampling, self.store.tokenizer
-        prompts = Prompts(self.prompts.table.take(test))
-        if "bfloat16" in (arm.experiment.model.dtype, sampling.cache):
-            # There a forward pass is another distribution than the sampler's: a truncation could not have drawn its own texts.
-            dense = {one: texts.dense(column, sampling.lengths[-1], tokenizer.eos_id) for one, column in ids.items()}
-            yield from scored(self, dense, prompts, name, step, lambda ended, _: advance(ended))
-            return
-        params = load_params(self.run_of(name), step, arm.experiment, self.store_of(arm), self.devices)
-        encoded, ways = prompts.encoded(tokenizer), mesh.text_ways(self.devices)
-        batch = max(_SCORE_ROWS // ways, 1) * ways
-        for one, column in ids.items():
-            strategy, drawn = strategy_of(sampling, one.drawn_at(sampling)), column.to_pylist()
-            model = arm.experiment.model
-            yield log_likelihoods(params, encoded, drawn, model, strategy, tokenizer.size, batch, self.devices)
-            advance(len(drawn))
-
-    def _summed(self, log_p_NW: np.ndarray) -> np.ndarray:
-        """The log-likelihood of each text's beginnings, a column a length, from those of its ids."""
-        lengths = self.study.sampling.lengths
-        return np.stack([log_p_NW[:, :length].sum(axis=1, dtype=np.float64) for length in lengths], axis=1)
-
     def attribute(self) -> None:
         """Scores every comparison, unless that was done with the same texts and settings."""
         wanted, path = draws(self.study), self.folder / "attribution.json"
@@ -243,7 +184,7 @@ class Work(Workspace):
             return
         with self.timed("attribute"):
             drawn = {one: texts.read_all(self.draw_paths(one)) for one in wanted}
-            likelihoods = self._likelihoods(drawn)
+            likelihoods = scoring.likelihoods(self, drawn, self.test_rows)
 
             def write() -> None:
                 files.write_json(path, {"inputs": inputs, "comparisons": self._attributions(drawn, likelihoods)})

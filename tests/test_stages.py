@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import pytest
 
-from natfp_jax import config, drawing, files, lineage, lock, mesh, processes, stages, stats, texts
+from natfp_jax import config, drawing, files, lineage, lock, mesh, processes, scoring, stages, stats, texts
 from natfp_jax.audit import audit
 from natfp_jax.ceiling import log_likelihoods
 from natfp_jax.config import Attribution, Corpus, Data, Experiment, Factor, Model, Perturb, Run, Sampling, Stories, Study
@@ -32,6 +32,7 @@ from natfp_jax.params import flatten
 from natfp_jax.progress import Progress
 from natfp_jax.prompts import Prompts
 from natfp_jax.report import report
+from natfp_jax.scoring import likelihoods
 from natfp_jax.stages import Work
 from natfp_jax.stopping import STOPPED, Stop
 from natfp_jax.study import Draw, draws
@@ -236,7 +237,7 @@ def test_no_classifier_beats_the_ceiling_of_a_study(finished):
 
 def test_a_finished_study_is_left_as_it_is(copy, monkeypatch):
     before = tree(copy)
-    for module, name in ((stages, "train"), (drawing, "draw"), (stages, "log_likelihoods")):  # nor is anything computed
+    for module, name in ((stages, "train"), (drawing, "draw"), (scoring, "log_likelihoods")):  # nor is anything computed
         monkeypatch.setattr(module, name, None)
     everything(copy)
     assert tree(copy) == before
@@ -310,7 +311,7 @@ def test_the_ceiling_of_a_length_is_that_of_the_beginnings(copy):
 @pytest.mark.parametrize("sampling", [{"greedy": True}, {"top_p": 0.6}], ids=["greedy", "top_p"])
 def test_in_low_precision_the_ceiling_is_by_the_sampler(copy, monkeypatch, sampling):
     """By a forward pass some texts could not have been drawn by their own model, nor by one that is the same function."""
-    monkeypatch.setattr(stages, "log_likelihoods", None)
+    monkeypatch.setattr(scoring, "log_likelihoods", None)
     changed = replace(STUDY.sampling, cache="bfloat16", checkpoints=(1.0,), **sampling)
     made = everything(copy, replace(STUDY, name="half", sampling=changed))
     rows = files.read_json(made.folder / "attribution.json")["comparisons"]
@@ -332,7 +333,7 @@ def test_equal_weights_that_are_computed_otherwise_have_likelihoods_of_their_own
     made = everything(copy, replace(STUDY, name="dtypes", factors=(dtypes,), twin=None, sampling=sampling), stop="sample")
     one, other = (next(each for each in draws(made.study) if each.arm == arm) for arm in made.arms)
     assert made.run_of(one.arm).record(0)["weights"] == made.run_of(other.arm).record(0)["weights"]
-    found = made._likelihoods({each: texts.read_all(made.draw_paths(each)) for each in draws(made.study)})
+    found = likelihoods(made, {each: texts.read_all(made.draw_paths(each)) for each in draws(made.study)}, made.test_rows)
     for mine, theirs in ((one, other), (other, one)):
         own, others = found[mine, mine.arm, 0], found[mine, theirs.arm, 0]
         assert (own != others).mean() > 0.9

@@ -1,0 +1,88 @@
+"""The likelihoods that the ceiling is made of: of every draw's test texts, under every arm that it is compared with.
+
+Owns which of them are on record, and by what the others are computed. Must not know what is made of them.
+
+Letters after an underscore name the axes: N texts, W tokens.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from natfp_jax import mesh, processes, texts
+from natfp_jax.ceiling import log_likelihoods
+from natfp_jax.drawing import scored
+from natfp_jax.prompts import Prompts
+from natfp_jax.strategy import strategy_of
+from natfp_jax.study import Draw
+from natfp_jax.train import load_params
+from natfp_jax.workspace import Workspace
+
+__all__ = ["likelihoods"]
+
+_ROWS = 128  # texts of a forward pass, about
+
+
+def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) -> dict[tuple[Draw, str, int], np.ndarray]:
+    """(draw, arm, step) → log-likelihood of the draw's test texts under the arm's checkpoint: [texts, lengths].
+
+    Args:
+      drawn: the rows of every draw, in the order of the prompts.
+      test: which of them count.
+
+    Raises:
+      Damaged: a checkpoint is not what was saved.
+    """
+    pairs: dict[tuple[str, int], list[Draw]] = {}  # checkpoint → draws that are compared with its own
+    for comparison in work.comparisons:
+        for one in comparison.draws:
+            for other in comparison.draws:
+                known = pairs.setdefault((other.arm, other.step), [])
+                if one not in known:
+                    known.append(one)
+    # A draw's own likelihood is what its sampler recorded; so is that under an arm of bitwise equal weights and shape.
+    hashes = processes.led(lambda: [work.run_of(arm).record(step)["weights"] for arm, step in pairs])
+    models = {
+        (arm, step): (weights, work.arms[arm].experiment.model) for (arm, step), weights in zip(pairs, hashes, strict=True)
+    }
+    lengths = work.study.sampling.lengths
+
+    def summed(log_p_NW: np.ndarray) -> np.ndarray:
+        """Of each text's beginnings, a column a length, from those of its ids."""
+        return np.stack([log_p_NW[:, :length].sum(axis=1, dtype=np.float64) for length in lengths], axis=1)
+
+    found, unknown = {}, list[tuple[str, int, Draw]]()
+    for (arm, step), compared in pairs.items():
+        for one in compared:
+            if models[one.arm, one.step] == models[arm, step]:
+                found[one, arm, step] = summed(texts.dense(drawn[one]["log_probabilities"].take(test), lengths[-1]))
+            else:
+                unknown.append((arm, step, one))
+    with work.progress.task("likelihood ceiling", len(unknown) * len(test), "texts") as advance:
+        for (arm, step), some in itertools.groupby(unknown, key=lambda each: each[:2]):
+            ids = {one: drawn[one]["ids"].take(test) for _, _, one in some}
+            for one, log_p_NW in zip(ids, _under(work, arm, step, ids, test, advance), strict=True):
+                found[one, arm, step] = summed(log_p_NW)
+    return found
+
+
+def _under(
+    work: Workspace, arm: str, step: int, ids: Mapping[Draw, Any], test: np.ndarray, advance: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    """log p of each id of draws' test texts under an arm's checkpoint, draw by draw: [N, W]."""
+    experiment, sampling, tokenizer = work.arms[arm].experiment, work.study.sampling, work.store.tokenizer
+    prompts = Prompts(work.prompts.table.take(test))
+    if "bfloat16" in (experiment.model.dtype, sampling.cache):
+        # There a forward pass is another distribution than the sampler's: a truncation could not have drawn its own texts.
+        dense = {one: texts.dense(column, sampling.lengths[-1], tokenizer.eos_id) for one, column in ids.items()}
+        yield from scored(work, dense, prompts, arm, step, lambda ended, _: advance(ended))
+        return
+    params = load_params(work.run_of(arm), step, experiment, work.store_of(work.arms[arm]), work.devices)
+    encoded, ways = prompts.encoded(tokenizer), mesh.text_ways(work.devices)
+    batch = max(_ROWS // ways, 1) * ways
+    for one, column in ids.items():
+        strategy, drawn = strategy_of(sampling, one.drawn_at(sampling)), column.to_pylist()
+        yield log_likelihoods(params, encoded, drawn, experiment.model, strategy, tokenizer.size, batch, work.devices)
+        advance(len(drawn))
