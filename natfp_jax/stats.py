@@ -3,20 +3,43 @@
 Owns what is claimed about arrays of predictions. Must not know texts, classifiers, models or jax. Randomness comes in as a
 generator, and no result depends on the order of the texts.
 
-Letters after an underscore name the axes: N texts, K classes.
+Letters after an underscore name the axes: N texts, K classes, D documents, G groups of texts, P pairs of levels, L levels,
+R resamples, C columns.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb, factorial, perm
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-__all__ = ["PARTS", "bits_per_text", "bootstrap_interval", "holm", "pairwise_auc", "permutation_p", "split"]
+__all__ = [
+    "LEAST_LEVELS",
+    "PARTS",
+    "auc_interval",
+    "bits_per_text",
+    "bootstrap_interval",
+    "grouped",
+    "holm",
+    "levels_interval",
+    "pairwise_auc",
+    "permutation_p",
+    "share_interval",
+    "sign_p",
+    "split",
+    "summed",
+]
 
 PARTS = ("training", "validation", "test")
+LEAST_LEVELS = 5  # below, a resampling of levels has too few different outcomes to give an interval
+
+Interval = tuple[float, float]
 
 
 def split(documents: Sequence[str], seed: int, validation: float, test: float) -> NDArray[np.str_]:
@@ -42,9 +65,27 @@ def split(documents: Sequence[str], seed: int, validation: float, test: float) -
     return np.array([part_of[document] for document in documents], dtype="U10")
 
 
+def _resampled(
+    columns_NC: NDArray[np.float64], documents_N: ArrayLike, random: np.random.Generator, resamples: int
+) -> NDArray[np.float64]:
+    """The sums of the columns over documents drawn with replacement: [R, C]."""
+    _, document_N = np.unique(np.asarray(documents_N), return_inverse=True)
+    sums_DC = np.column_stack([np.bincount(document_N, weights=column_N) for column_N in columns_NC.T])
+    # Documents with equal sums are interchangeable: drawing how many of each kind come up is drawing documents with
+    # replacement, and takes memory for the kinds only.
+    kinds, count = np.unique(sums_DC, axis=0, return_counts=True)
+    chances = count / count.sum()
+    return np.array([random.multinomial(len(sums_DC), chances) @ kinds for _ in range(resamples)])
+
+
+def _percentiles(values_R: Sequence[float] | NDArray[np.float64], level: float) -> Interval:
+    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def bootstrap_interval(
     correct_N: ArrayLike, documents_N: ArrayLike, random: np.random.Generator, resamples: int, level: float = 0.95
-) -> tuple[float, float]:
+) -> Interval:
     """Percentile interval of the mean of `correct_N`, documents resampled whole (cluster bootstrap; Davison & Hinkley 1997).
 
     It covers the choice of test documents, not the training of the classifier or of the models.
@@ -56,17 +97,82 @@ def bootstrap_interval(
       resamples: how many samples of documents are drawn.
       level: the coverage that is aimed at.
     """
+    correct = np.asarray(correct_N, dtype=np.float64)
+    drawn_RC = _resampled(np.column_stack([correct, np.ones_like(correct)]), documents_N, random, resamples)
+    return _percentiles(drawn_RC[:, 0] / drawn_RC[:, 1], level)
+
+
+def share_interval(
+    correct_N: ArrayLike,
+    bound_N: ArrayLike,
+    chance: float,
+    documents_N: ArrayLike,
+    random: np.random.Generator,
+    resamples: int,
+    level: float = 0.95,
+) -> Interval | None:
+    """Percentile interval of the share of the bound's excess that a classifier reaches; documents resampled whole.
+
+    The share is (accuracy - chance) / (bound - chance), both on the same texts, so that what makes documents hard for both
+    cancels.
+
+    Args:
+      correct_N: the classifier's score of each text.
+      bound_N: the bound's score of each text, such as the likelihood ceiling's.
+
+    Returns:
+      None where a resample has a bound that is not above chance: there is no excess to have a share of.
+    """
+    correct, bound = np.asarray(correct_N, dtype=np.float64), np.asarray(bound_N, dtype=np.float64)
+    columns_NC = np.column_stack([correct - chance, bound - chance])
+    excess_RC = _resampled(columns_NC, documents_N, random, resamples)
+    if (excess_RC[:, 1] <= 0).any():
+        return None
+    return _percentiles(excess_RC[:, 0] / excess_RC[:, 1], level)
+
+
+def levels_interval(
+    pairs_P: Sequence[tuple[str, str]],
+    correct_PN: ArrayLike,
+    documents_N: ArrayLike,
+    random: np.random.Generator,
+    resamples: int,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile interval of the mean accuracy over pairs of levels, levels and documents resampled (the Multi-Bootstrap).
+
+    The method of Sellam et al. 2022 (arXiv 2106.16163): seeds and test items are both samples, and both are drawn with
+    replacement. A pair counts as often as its two levels come up together; a level drawn twice makes no pair with itself.
+    So the interval is of runs in general, where `bootstrap_interval` is of these runs. Where levels differ much it is a
+    little too narrow: in simulations of five to ten levels a nominal 95 % covers 88 to 92 %.
+
+    Args:
+      pairs_P: the two levels of each pair; a pair may come several times, once for each level of another factor.
+      correct_PN: the score of each text in each pair, from 0 to 1.
+      documents_N: the document behind each text, the same in every pair.
+
+    Raises:
+      ValueError: there are fewer than five levels.
+    """
+    names = sorted({name for pair in pairs_P for name in pair})
+    if len(names) < LEAST_LEVELS:
+        raise ValueError(f"got {len(names)} levels, expected {LEAST_LEVELS} or more")
+    level_P2 = np.array([[names.index(name) for name in pair] for pair in pairs_P])
     _, document_N = np.unique(np.asarray(documents_N), return_inverse=True)
     size_D = np.bincount(document_N)
-    sum_D = np.bincount(document_N, weights=np.asarray(correct_N, dtype=np.float64))
-    # Documents with equal sum and size are interchangeable: drawing how many of each kind come up is drawing documents with
-    # replacement, and takes memory for the kinds only.
-    kinds, count = np.unique(np.column_stack([sum_D, size_D]), axis=0, return_counts=True)
-    chances = count / count.sum()
-    drawn = (random.multinomial(len(size_D), chances) @ kinds for _ in range(resamples))
-    means = [total / size for total, size in drawn]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    sum_PD = np.stack([np.bincount(document_N, weights=row_N) for row_N in np.asarray(correct_PN, dtype=np.float64)])
+
+    def count(outcomes: int) -> NDArray[np.int64]:
+        return np.bincount(random.integers(outcomes, size=outcomes), minlength=outcomes)
+
+    means: list[float] = []
+    while len(means) < resamples:
+        weight_P = count(len(names))[level_P2].prod(axis=1)
+        if not weight_P.any():  # one level alone came up
+            continue
+        weight_D = count(len(size_D))
+        means.append((weight_P @ (sum_PD @ weight_D)) / (weight_P.sum() * (weight_D @ size_D)))
+    return _percentiles(means, level)
 
 
 def _hits_pmf(predicted_K: Sequence[int], labels_K: Sequence[int]) -> NDArray[np.float64]:
@@ -121,6 +227,25 @@ def permutation_p(
     return float((1 + np.count_nonzero(hits >= observed)) / (1 + permutations))
 
 
+def sign_p(correct_N: ArrayLike, labels_N: ArrayLike, prompts_N: ArrayLike) -> float | None:
+    """The exact sign test on discordant prompts, one-sided, for two classes with one text of each at every prompt.
+
+    A prompt whose two texts got the same class has one hit whatever the labels: it tells nothing. Of the others each is
+    right or wrong as a whole, and under the null as likely one as the other. So this is the test of `permutation_p`
+    without its random draws.
+
+    Returns:
+      The p-value; None where classes and texts are others.
+    """
+    labels_N, prompts_N = np.asarray(labels_N), np.asarray(prompts_N)
+    _, prompt_N, texts_P = np.unique(prompts_N, return_inverse=True, return_counts=True)
+    if len(np.unique(labels_N)) != 2 or (texts_P != 2).any():
+        return None
+    hits_P = np.bincount(prompt_N, weights=np.asarray(correct_N, dtype=np.float64))
+    right, wrong = int(np.count_nonzero(hits_P == 2)), int(np.count_nonzero(hits_P == 0))
+    return float(binomtest(right, right + wrong, alternative="greater").pvalue) if right + wrong else 1.0
+
+
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """p-values adjusted for a family of tests (Holm 1979), in the order given: rejecting those <= a has family error <= a."""
     p = np.asarray(p_values, dtype=np.float64)
@@ -150,3 +275,91 @@ def bits_per_text(probabilities_NK: NDArray[np.floating], labels_N: NDArray[np.i
     """
     held = probabilities_NK[np.arange(len(labels_N)), labels_N]
     return float(np.log2(probabilities_NK.shape[1]) + np.log2(np.maximum(held, np.finfo(np.float64).tiny)).mean())
+
+
+def auc_interval(
+    probabilities_NK: NDArray[np.floating],
+    labels_N: NDArray[np.integer],
+    documents_N: ArrayLike,
+    random: np.random.Generator,
+    resamples: int,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile interval of `pairwise_auc`, documents resampled whole.
+
+    Args:
+      probabilities_NK, labels_N: as for `pairwise_auc`; every document has texts of every class.
+    """
+    K = probabilities_NK.shape[1]
+    ranked = [
+        _Ranked.of(probabilities_NK[:, positive], labels_N, positive, negative)
+        for positive, negative in ([(1, 0)] if K == 2 else itertools.permutations(range(K), 2))
+    ]
+    names, document_N = np.unique(np.asarray(documents_N), return_inverse=True)
+
+    def once() -> float:
+        times_N = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))[document_N]
+        return float(np.mean([one.auc(times_N) for one in ranked]))
+
+    return _percentiles([once() for _ in range(resamples)], level)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranked:
+    """The texts of two classes in the order of a score, sorted once for all resamples."""
+
+    rows: NDArray[np.intp]
+    positive: NDArray[np.bool_]  # of each of these rows
+    starts: NDArray[np.intp]  # where a run of equal scores begins
+
+    @classmethod
+    def of(cls, score_N: NDArray[np.floating], labels_N: NDArray[np.integer], positive: int, negative: int) -> "_Ranked":
+        rows = np.flatnonzero((labels_N == positive) | (labels_N == negative))
+        rows = rows[np.argsort(score_N[rows], kind="stable")]
+        starts = np.flatnonzero(np.diff(score_N[rows], prepend=np.nan) != 0)
+        return cls(rows, labels_N[rows] == positive, starts)
+
+    def auc(self, times_N: NDArray[np.integer]) -> float:
+        """The area with each text counted so many times: pairs in the right order, a tie half."""
+        times = times_N[self.rows].astype(np.float64)
+        above, below = (np.add.reduceat(np.where(kind, times, 0), self.starts) for kind in (self.positive, ~self.positive))
+        return float(above @ (np.cumsum(below) - below / 2) / (above.sum() * below.sum()))
+
+
+# --- several texts in one decision ------------------------------------------------------------------------------------
+
+
+def grouped(prompts_N: ArrayLike, documents_N: ArrayLike, size: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """The group of each text: `size` prompts each, the same prompts for every source; -1 for those that are left over.
+
+    Documents come in random order with their prompts side by side, so that few groups share a document.
+    """
+    prompts, first, prompt_N = np.unique(np.asarray(prompts_N), return_index=True, return_inverse=True)
+    _, document_P = np.unique(np.asarray(documents_N)[first], return_inverse=True)
+    place_D = random.permutation(document_P.max() + 1)
+    place_P = np.empty(len(prompts), np.int64)
+    place_P[np.argsort(place_D[document_P], kind="stable")] = np.arange(len(prompts))
+    group_P = np.where(place_P < len(prompts) // size * size, place_P // size, -1)
+    return group_P[prompt_N]
+
+
+def summed(
+    log_NK: NDArray[np.floating], labels_N: ArrayLike, sources_N: ArrayLike, groups_N: NDArray[np.integer]
+) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.integer]]:
+    """Log-probabilities of all texts of one source in one group, added up as those of independent texts.
+
+    Args:
+      log_NK: of each text, such as a classifier's of each class under equal priors, or a model's of each text.
+      sources_N: what drew each text; a class may pool several sources, a decision is on one.
+      groups_N: of `grouped`; texts of group -1 are left out.
+
+    Returns:
+      The sums [G, K], their labels and their groups.
+    """
+    kept_N = groups_N >= 0
+    _, source_N = np.unique(np.asarray(sources_N)[kept_N], return_inverse=True)
+    keys = np.column_stack([groups_N[kept_N], source_N])
+    found_G2, first, decision_N = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    sums_GK = np.zeros((len(found_G2), log_NK.shape[1]))
+    np.add.at(sums_GK, decision_N.ravel(), log_NK[kept_N])
+    return sums_GK, np.asarray(labels_N)[kept_N][first], found_G2[:, 0]

@@ -245,3 +245,122 @@ def test_bits_at_the_ends():
     assert stats.bits_per_text(np.eye(2), labels) == 1.0
     assert stats.bits_per_text(np.full((2, 2), 0.5), labels) == 0.0
     assert stats.bits_per_text(np.eye(2), labels[::-1]) == 1 - 1022
+
+
+def test_auc_interval_agrees_with_resampling_documents_one_by_one():
+    random = default_rng(0)
+    for classes in (2, 3):
+        document = np.repeat(np.arange(60), 2 * classes)
+        labels = np.tile(np.repeat(np.arange(classes), 2), 60)
+        scores = random.dirichlet(np.ones(classes), len(labels)).round(1) + 0.5 * np.eye(classes)[labels]  # with ties
+        scores /= scores.sum(axis=1, keepdims=True)
+        rows = [np.flatnonzero(document == d) for d in range(60)]
+        drawn = [np.concatenate([rows[d] for d in random.integers(0, 60, 60)]) for _ in range(1000)]
+        areas = [stats.pairwise_auc(scores[some], labels[some]) for some in drawn]
+        interval = stats.auc_interval(scores, labels, document, random, 1000)
+        assert interval == pytest.approx(np.quantile(areas, [0.025, 0.975]), abs=0.012)  # about 5 Monte Carlo errors
+        assert interval[0] < stats.pairwise_auc(scores, labels) < interval[1]
+
+
+# --- the sign test ----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=9))
+def test_the_sign_test_is_the_permutation_test_by_enumeration(predicted):
+    """Of every way to swap the labels at each prompt, the part with at least as many hits."""
+    predicted_N, labels = np.array(predicted).ravel(), np.tile([0, 1], len(predicted))
+    prompts = np.repeat(np.arange(len(predicted)), 2)
+    hits = np.count_nonzero(predicted_N == labels)
+    law = law_by_enumeration(predicted_N, labels, prompts)
+    exact = sum(chance for number, chance in law.items() if number >= hits)
+    assert stats.sign_p(predicted_N == labels, labels, prompts) == pytest.approx(exact)
+
+
+def test_the_sign_test_is_for_two_classes_with_one_text_each():
+    assert stats.sign_p([1, 1, 1], [0, 1, 2], ["a", "a", "a"]) is None
+    assert stats.sign_p([1, 1, 1, 1], [0, 0, 1, 1], ["a"] * 4) is None
+
+
+# --- the share of the ceiling -----------------------------------------------------------------------------------------
+
+
+def test_a_share_covers_its_truth_and_gains_from_pairing():
+    """Documents that are hard for both cancel: the interval of the ratio is narrower than that of the accuracy alone."""
+    covered, runs, widths = 0, 300, []
+    for run in range(runs):
+        random = default_rng(run)
+        ease = np.clip(random.normal(0, 0.15, 300), -0.2, 0.2).repeat(4)
+        bound = random.random(1200) < 0.75 + ease
+        correct = np.where(random.random(1200) < 0.6, bound, random.random(1200) < 0.5)  # reads 60 % of what the bound does
+        low, high = stats.share_interval(correct, bound, 0.5, np.arange(300).repeat(4), random, 400)
+        covered += low <= 0.6 <= high
+        widths.append(
+            (high - low, 4 * np.subtract(*stats.bootstrap_interval(correct, np.arange(300).repeat(4), random, 400)[::-1]))
+        )
+    assert binom.isf(1 - 1e-6, runs, 0.93) <= covered <= binom.isf(1e-6, runs, 0.96)
+    assert np.mean([share < accuracy for share, accuracy in widths]) > 0.9
+
+
+def test_there_is_no_share_of_no_excess():
+    random = default_rng(0)
+    assert stats.share_interval([1, 0] * 50, [1, 0] * 50, 0.5, np.arange(100), random, 999) is None
+
+
+# --- intervals over runs ----------------------------------------------------------------------------------------------
+
+
+def simulated_levels(random, levels, documents, spread):
+    """Hits of every pair of levels, whose accuracy is chance plus the distance of what the levels are."""
+    place = random.normal(size=(levels, 3))
+    pairs = list(itertools.combinations(range(levels), 2))
+    chance = np.array([0.5 + spread * np.linalg.norm(place[a] - place[b]) for a, b in pairs])
+    return [(f"{a}", f"{b}") for a, b in pairs], random.random((len(pairs), documents)) < np.clip(chance, 0, 1)[:, None]
+
+
+def test_an_interval_over_levels_is_of_runs_in_general():
+    spread, runs, documents = 0.1, 150, 400
+    many = default_rng(0).normal(size=(2, 100_000, 3))
+    truth = 0.5 + spread * np.linalg.norm(many[0] - many[1], axis=1).mean()
+    covered = of_these = 0
+    for run in range(runs):
+        random = default_rng(1 + run)
+        pairs, correct = simulated_levels(random, 8, documents, spread)
+        low, high = stats.levels_interval(pairs, correct, np.arange(documents), random, 300)
+        covered += low <= truth <= high
+        low, high = stats.bootstrap_interval(correct.ravel(), np.tile(np.arange(documents), len(pairs)), random, 300)
+        of_these += low <= truth <= high
+    assert binom.isf(1 - 1e-6, runs, 0.85) <= covered
+    assert of_these < covered / 2  # an interval of these runs says little of others
+
+
+def test_an_interval_over_levels_needs_five():
+    pairs, correct = simulated_levels(default_rng(0), 4, 10, 0.1)
+    with pytest.raises(ValueError, match="got 4 levels, expected 5"):
+        stats.levels_interval(pairs, correct, np.arange(10), default_rng(0), 999)
+
+
+# --- several texts in one decision ------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 4), st.integers(0, 99))
+def test_groups_are_of_whole_prompts_and_of_one_size(prompts, size, sources, seed):
+    prompt = np.tile(np.arange(prompts), sources)
+    document = prompt // 3
+    group = stats.grouped(prompt, document, size, default_rng(seed))
+    assert (group.reshape(sources, prompts) == group[:prompts]).all()
+    numbers, counts = np.unique(group[:prompts], return_counts=True)
+    kept = numbers >= 0
+    assert (counts[kept] == size).all()
+    assert numbers[kept].tolist() == list(range(prompts // size))
+
+
+def test_a_document_is_in_as_few_groups_as_can_be():
+    group = stats.grouped(np.arange(300), np.arange(300) // 3, 30, default_rng(0))
+    assert all(len(set(group[document : document + 3])) == 1 for document in range(0, 300, 3))
+
+
+def test_sums_are_of_one_source_and_one_group():
+    log = np.arange(12.0).reshape(6, 2)
+    sums, labels, groups = stats.summed(log, list("xxxyyy"), [0, 0, 0, 1, 1, 1], np.array([0, 0, -1, 0, 0, -1]))
+    assert sums.tolist() == [[2, 4], [14, 16]]
+    assert (labels.tolist(), groups.tolist()) == (["x", "y"], [0, 0])
