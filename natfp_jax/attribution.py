@@ -1,13 +1,15 @@
 """One comparison: can held-out texts be given to their sources, and how well could anyone do it?
 
-Owns the verdict on given texts: the split, the fit, the scores, and the likelihood ceiling beside them. Must not know how
-texts were drawn, what the sources are, or which other comparisons a study has; no result depends on those.
+Owns the verdict on given texts: the split, the scores of a classifier, and the likelihood ceiling beside them. Must not know
+how texts were drawn, how a classifier works, what the sources are, or which other comparisons a study has; no result depends
+on those.
 
-Letters after an underscore name the axes: N texts, A arms, K classes.
+Letters after an underscore name the axes: N texts, A arms, K classes, G decisions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,14 +17,15 @@ from scipy.special import logsumexp
 from sklearn.metrics import confusion_matrix
 from sklearn.metrics.cluster import contingency_matrix
 
-from natfp_jax import classify, config, rng, stats
-from natfp_jax.classify import Features
+from natfp_jax import config, rng, stats
 from natfp_jax.errors import UserError
+from natfp_jax.ladder import Rung, Task
 
-__all__ = ["Ceiling", "Comparison", "Result", "attribute", "ceiling", "ceiling_scores", "parts"]
+__all__ = ["Ceiling", "Comparison", "Pooled", "Result", "Verdict", "attribute", "ceiling", "ceiling_scores", "parts"]
 
-TELLING = 20  # pieces listed for each class
 LEAST_DOCUMENTS = 2  # of each part: an interval over one document has no width
+LEAST_GROUPS = 20  # that several texts are pooled in: fewer would say nothing
+TRIED = 100_000  # texts with which settings are chosen, about: more would choose the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +34,11 @@ class Comparison:
 
     Attributes:
       name: what the comparison is called; with the split seed it decides the random streams of its p-value and intervals.
-      rows: the row of each text in the study's features.
+      rows: the row of each text among those that the classifiers were prepared with.
       labels: the class of each text. A class may pool several arms.
       prompts: the prompt of each text.
       documents: the document that the prompt of each text comes from.
+      sources: what drew each text, where a class pools several; left out: its class.
 
     Raises:
       ValueError: lengths differ, there are fewer than two classes, a prompt is of two documents, or the classes do not have
@@ -46,6 +50,7 @@ class Comparison:
     labels: Sequence[str]
     prompts: Sequence[str]
     documents: Sequence[str]
+    sources: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.rows), len(self.labels), len(self.prompts), len(self.documents)}
@@ -93,21 +98,37 @@ def parts(documents: Sequence[str], settings: config.Attribution, of: str) -> ND
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """Decisions on several texts of one source, each text at another prompt."""
+
+    texts: int  # of one decision
+    decisions: int
+    accuracy: float
+    ci95: tuple[float, float]  # percentile interval, groups of prompts resampled
+
+
+@dataclass(frozen=True)
 class Result:
     """What one classifier reached on the test texts of one comparison.
 
     Attributes:
-      classifier: which, "subwords" or "words".
+      classifier: which rung of the ladder.
       classes: the sources, sorted.
       accuracy: the fraction of the test texts that got their own class.
       chance: 1 / number of classes.
       ci95: percentile interval of the accuracy, documents resampled.
       p_value: of the accuracy, labels permuted within prompts; not corrected for other comparisons.
+      sign_p: the exact sign test of the same, where there are two classes with one text of each at a prompt.
       auc: mean over pairs of classes.
+      auc_ci95: percentile interval of the AUC, documents resampled.
       bits_per_text: log2 of the number of classes less the log-loss in bits; may be negative.
+      share: of the ceiling's excess over chance, how much the classifier reads; None without an excess or a ceiling.
+      share_ci95: its percentile interval, documents resampled.
+      pooled: decisions on several texts.
+      training_texts: how many texts it was chosen and fitted with.
       test_texts: how many texts the numbers above are of.
       test_prompts: how many prompts these texts continue.
-      c: the inverse penalty that the validation part chose.
+      chosen: what the validation part chose.
       confusion: test texts; rows are true classes, columns the classes given.
       telling: the pieces that speak most for each class, strongest first.
     """
@@ -118,11 +139,17 @@ class Result:
     chance: float
     ci95: tuple[float, float]
     p_value: float
+    sign_p: float | None
     auc: float
+    auc_ci95: tuple[float, float]
     bits_per_text: float
+    share: float | None
+    share_ci95: tuple[float, float] | None
+    pooled: list[Pooled]
+    training_texts: int
     test_texts: int
     test_prompts: int
-    c: float
+    chosen: dict[str, float]
     confusion: list[list[int]]
     telling: dict[str, list[str]]
 
@@ -133,55 +160,119 @@ class Ceiling:
 
     accuracy: float
     ci95: tuple[float, float]  # percentile interval, documents resampled
+    pooled: list[Pooled]
+    scores_N: NDArray[np.float64] = field(repr=False)  # of each test text
 
 
-def attribute(features: Features, comparison: Comparison, settings: config.Attribution) -> Result:
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """A result, and the test texts that it is made from."""
+
+    result: Result
+    correct_N: NDArray[np.bool_]
+    documents_N: NDArray[np.str_]
+
+
+def attribute(
+    rung: Rung,
+    comparison: Comparison,
+    settings: config.Attribution,
+    bound: Ceiling | None = None,
+    fraction: float = 1.0,
+) -> Verdict:
     """Chooses and fits a classifier on training and validation texts, and judges it on the test texts.
 
-    The p-value and the interval cover the choice of test texts, not the training of the classifier or of the models.
+    The p-value and the intervals cover the choice of test texts, not the training of the classifier or of the models.
+
+    Args:
+      bound: the ceiling of the same comparison and settings.
+      fraction: of the training and validation documents that are used; the test texts are the same whatever it is.
 
     Raises:
       UserError: a part has too few documents, or the texts to train on are all empty.
     """
     labels_N = np.unique(np.asarray(comparison.labels), return_inverse=True)[1]
     parts_N = comparison.parts(settings)
-    training_N, validation_N, test_N = (parts_N == part for part in stats.PARTS)
+    test_N = parts_N == "test"
+    known_N = ~test_N & stats.thinned(comparison.documents, settings.split_seed, fraction)
+    few = stats.thinned(comparison.documents, settings.split_seed, fraction * min(1, TRIED / max(known_N.sum(), 1)))
+    training_N, validation_N = ((parts_N == part) & known_N for part in ("training", "validation"))
+    task = Task(f"comparison {comparison.name}", comparison.rows, labels_N, training_N, validation_N, test_N, tried_N=few)
+    judged = rung.judge(task, settings)
 
-    counts_NV = features.counts_NV[comparison.rows]
-    # Only the pieces of the rows that are fitted on: the others are weightless, but would make the last bits depend on
-    # what else the study has.
-    used_V = np.flatnonzero(counts_NV[~test_N].sum(axis=0))
-    if not len(used_V):
-        raise UserError(f"comparison {comparison.name}: no training text has {features.kind}; look at the samples")
-    counts_NV, names_V = counts_NV[:, used_V], features.names_V[used_V]
-    fitted = classify.choose(counts_NV, labels_N, training_N, validation_N, settings.regularisation)
-
-    probabilities_NK = fitted.predict_proba(counts_NV[test_N])
+    probabilities_NK, labels_N = judged.probabilities_NK, labels_N[test_N]
     predicted_N = probabilities_NK.argmax(axis=1)
-    labels_N = labels_N[test_N]
     prompts_N, documents_N = np.asarray(comparison.prompts)[test_N], np.asarray(comparison.documents)[test_N]
     correct_N = predicted_N == labels_N
 
     def random(purpose: str) -> np.random.Generator:
-        return rng.generator(settings.split_seed, "attribution", comparison.name, features.kind, purpose)
+        return rng.generator(settings.split_seed, "attribution", comparison.name, rung.kind, purpose)
 
-    classes = comparison.classes
-    telling = classify.telling(fitted, counts_NV[~test_N], names_V, TELLING)
-    return Result(
-        classifier=features.kind,
+    classes, chance = comparison.classes, 1 / len(comparison.classes)
+    share = None
+    if bound is not None:
+        share = stats.share_interval(correct_N, bound.scores_N, chance, documents_N, random("share"), settings.bootstraps)
+    log_NK = np.log(np.maximum(probabilities_NK, np.finfo(np.float64).tiny))
+
+    def hits(sums_GK: NDArray[np.float64], labels_G: NDArray[np.integer]) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = sums_GK.argmax(axis=1) == labels_G
+        return found
+
+    result = Result(
+        classifier=rung.kind,
         classes=classes,
         accuracy=float(correct_N.mean()),
-        chance=1 / len(classes),
+        chance=chance,
         ci95=stats.bootstrap_interval(correct_N, documents_N, random("bootstrap"), settings.bootstraps),
         p_value=stats.permutation_p(predicted_N, labels_N, prompts_N, random("permutation"), settings.permutations),
+        sign_p=stats.sign_p(correct_N, labels_N, prompts_N),
         auc=stats.pairwise_auc(probabilities_NK, labels_N),
+        auc_ci95=stats.auc_interval(probabilities_NK, labels_N, documents_N, random("auc"), settings.bootstraps),
         bits_per_text=stats.bits_per_text(probabilities_NK, labels_N),
+        share=float((correct_N.mean() - chance) / (bound.accuracy - chance))
+        if bound is not None and share is not None
+        else None,
+        share_ci95=share,
+        pooled=_pooled(log_NK, labels_N, test_N, comparison, settings, hits, random),
+        training_texts=int(known_N.sum()),
         test_texts=len(labels_N),
         test_prompts=len(np.unique(prompts_N)),
-        c=float(fitted.C),
+        chosen=judged.chosen,
         confusion=confusion_matrix(labels_N, predicted_N, labels=range(len(classes))).tolist(),
-        telling=dict(zip(classes, telling, strict=True)),
+        telling=dict(zip(classes, judged.telling, strict=True)) if judged.telling else {},
     )
+    return Verdict(result, correct_N, documents_N)
+
+
+def _pooled(
+    log_NK: NDArray[np.float64],
+    labels_N: NDArray[Any],
+    test_N: NDArray[np.bool_],
+    comparison: Comparison,
+    settings: config.Attribution,
+    score: Callable[[NDArray[np.float64], NDArray[Any]], NDArray[Any]],
+    random: Callable[[str], np.random.Generator],
+) -> list[Pooled]:
+    """Decisions on 4, 16, ... test texts of one source, as long as there are enough of them.
+
+    Args:
+      log_NK: log-probabilities of each test text that add up.
+      score: from those of each decision, and its label, to its score.
+    """
+    prompts_N, documents_N = np.asarray(comparison.prompts)[test_N], np.asarray(comparison.documents)[test_N]
+    sources_N = np.asarray(comparison.labels if comparison.sources is None else comparison.sources)[test_N]
+    found, size, prompts = [], 4, len(np.unique(prompts_N))
+    while prompts // size >= LEAST_GROUPS:
+        # Whatever is judged, a classifier or the ceiling, has the same groups.
+        groups = rng.generator(settings.split_seed, "attribution", comparison.name, "groups", size)
+        sums_GK, labels_G, groups_G = stats.summed(
+            log_NK, labels_N, sources_N, stats.grouped(prompts_N, documents_N, size, groups)
+        )
+        score_G = score(sums_GK, labels_G)
+        ci95 = stats.bootstrap_interval(score_G, groups_G, random(f"pooled {size}"), settings.bootstraps)
+        found.append(Pooled(size, len(score_G), float(score_G.mean()), ci95))
+        size *= 4
+    return found
 
 
 def ceiling_scores(log_likelihood_NA: ArrayLike, labels_N: ArrayLike, pools_A: ArrayLike) -> NDArray[np.float64]:
@@ -231,7 +322,16 @@ def ceiling(
       UserError: a part has too few documents.
     """
     test_N = comparison.parts(settings) == "test"
-    score_N = ceiling_scores(log_likelihood_NA[test_N], np.asarray(comparison.labels)[test_N], pools_A)
-    random = rng.generator(settings.split_seed, "attribution", comparison.name, "ceiling", "bootstrap")
-    documents_N = np.asarray(comparison.documents)[test_N]
-    return Ceiling(float(score_N.mean()), stats.bootstrap_interval(score_N, documents_N, random, settings.bootstraps))
+    labels_N, documents_N = np.asarray(comparison.labels)[test_N], np.asarray(comparison.documents)[test_N]
+    likelihood_NA = np.asarray(log_likelihood_NA[test_N], dtype=np.float64)
+    score_N = ceiling_scores(likelihood_NA, labels_N, pools_A)
+
+    def random(purpose: str) -> np.random.Generator:
+        return rng.generator(settings.split_seed, "attribution", comparison.name, "ceiling", purpose)
+
+    def score(sums_GA: NDArray[np.float64], labels_G: NDArray[Any]) -> NDArray[np.float64]:
+        return ceiling_scores(sums_GA, labels_G, pools_A)
+
+    ci95 = stats.bootstrap_interval(score_N, documents_N, random("bootstrap"), settings.bootstraps)
+    pooled = _pooled(likelihood_NA, labels_N, test_N, comparison, settings, score, random)
+    return Ceiling(float(score_N.mean()), ci95, pooled, score_N)

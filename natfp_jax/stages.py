@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from natfp_jax import attribution, classify, config, files, processes, scoring, stats, texts
+from natfp_jax import attribution, config, files, ladder, processes, scoring, stats, texts
 from natfp_jax.cohort import fitting, standing
 from natfp_jax.config import Study
 from natfp_jax.drawing import sample
@@ -30,7 +30,7 @@ from natfp_jax.workspace import Workspace, write_if_new
 
 __all__ = ["Work"]
 
-_RECIPE = 1  # raised when a change of the code attributes the same texts otherwise
+_RECIPE = 2  # raised when a change of the code attributes the same texts otherwise
 
 
 class Work(Workspace):
@@ -196,12 +196,7 @@ class Work(Workspace):
     ) -> list[dict[str, Any]]:
         settings, count, test = self.study.attribution, len(self.prompts), self.test_rows
         start, lengths = {one: place * count for place, one in enumerate(drawn)}, self.study.sampling.lengths
-        features = {
-            length: [
-                classify.featurise(kind, self._beginnings(drawn, length), self.store.tokenizer) for kind in settings.classifiers
-            ]
-            for length in lengths
-        }
+        rungs = {length: self._rungs(self._beginnings(drawn, length)) for length in lengths}
         prompts, documents = list(map(str, self.prompts.ids)), self.prompts.documents
         results = []
         with self.progress.task("attribute", len(self.comparisons) * len(settings.classifiers), "classifiers") as advance:
@@ -213,6 +208,7 @@ class Work(Workspace):
                     labels=[label for label, _ in sources for _ in range(count)],
                     prompts=prompts * len(sources),
                     documents=documents * len(sources),
+                    sources=[one.name for _, one in sources for _ in range(count)],
                 )
                 place = lengths.index(comparison.length)
                 likelihood_NA = np.full((count * len(sources), len(sources)), np.nan)
@@ -220,8 +216,8 @@ class Work(Workspace):
                     for column, (_, other) in enumerate(sources):
                         likelihood_NA[block * count + test, column] = likelihoods[one, other.arm, other.step][:, place]
                 bound = attribution.ceiling(likelihood_NA, [label for label, _ in sources], compared, settings)
-                for counted in features[comparison.length]:
-                    result = attribution.attribute(counted, compared, settings)
+                for rung in rungs[comparison.length]:
+                    verdict = attribution.attribute(rung, compared, settings, bound)
                     advance(1)
                     results.append(
                         {
@@ -232,14 +228,18 @@ class Work(Workspace):
                             "new_tokens": comparison.length,
                             "setting": comparison.setting,
                             "draws": [one.name for one in comparison.draws],
-                            **asdict(result),
+                            **asdict(verdict.result),
                             "ceiling": bound.accuracy,
                             "ceiling_ci95": bound.ci95,
+                            "ceiling_pooled": [asdict(one) for one in bound.pooled],
                         }
                     )
         for row, p_holm in zip(results, stats.holm([row["p_value"] for row in results]), strict=True):
             row["p_holm"] = float(p_holm)
         return results
+
+    def _rungs(self, drawn_texts: list[str]) -> list[ladder.Rung]:
+        return [ladder.prepare(kind, drawn_texts, self.store.tokenizer) for kind in self.study.attribution.classifiers]
 
     def _beginnings(self, drawn: dict[Draw, Any], length: int) -> list[str]:
         """The texts of all draws, cut after so many tokens."""

@@ -34,6 +34,7 @@ __all__ = [
     "sign_p",
     "split",
     "summed",
+    "thinned",
 ]
 
 PARTS = ("training", "validation", "test")
@@ -57,12 +58,25 @@ def split(documents: Sequence[str], seed: int, validation: float, test: float) -
     """
 
     def part(document: str) -> str:
-        digest = hashlib.sha256(f"{seed}/{document}".encode()).digest()
-        place = int.from_bytes(digest[:8], "big") / 2**64
+        place = _place(f"{seed}/{document}")
         return "test" if place < test else "validation" if place < test + validation else "training"
 
     part_of = {document: part(document) for document in set(documents)}
     return np.array([part_of[document] for document in documents], dtype="U10")
+
+
+def _place(name: str) -> float:
+    """A number from 0 to 1 that a name has whatever else there is."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def thinned(documents: Sequence[str], seed: int, fraction: float) -> NDArray[np.bool_]:
+    """Whether the document of each row is among the first `fraction` of all, in an order that `split` is independent of.
+
+    Of a larger fraction a smaller one is a part; a document is in or out whatever others there are.
+    """
+    inside = {document: _place(f"{seed}/thinned/{document}") < fraction for document in set(documents)}
+    return np.array([inside[document] for document in documents])
 
 
 def _resampled(

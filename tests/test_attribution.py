@@ -15,9 +15,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
 
 from natfp_jax import stats
 from natfp_jax.attribution import Comparison, attribute, ceiling, ceiling_scores
-from natfp_jax.classify import featurise
 from natfp_jax.config import Attribution
 from natfp_jax.errors import UserError
+from natfp_jax.ladder import prepare
 
 SETTINGS = Attribution()
 
@@ -58,7 +58,7 @@ class Sources:
 def test_results_equal_a_plain_script(arms, kind):
     sources = Sources(0, arms, 300, 0.3)
     comparison = sources.comparison()
-    result = attribute(featurise(kind, sources.texts, Numbers()), comparison, SETTINGS)
+    result = attribute(prepare(kind, sources.texts, Numbers()), comparison, SETTINGS).result
 
     part = stats.split(sources.documents, 0, 0.1, 0.4)
     texts = np.array(sources.texts)
@@ -80,7 +80,7 @@ def test_results_equal_a_plain_script(arms, kind):
     counts, true = vectoriser.transform(texts[part == "test"]), sources.arms[part == "test"]
     predicted = model.predict(counts)
 
-    assert result.c == best
+    assert result.chosen == {"C": best}
     assert result.classes == tuple(model.classes_)
     assert result.accuracy == accuracy_score(true, predicted)
     assert result.confusion == confusion_matrix(true, predicted).tolist()
@@ -93,7 +93,7 @@ def test_results_equal_a_plain_script(arms, kind):
 
 def test_a_planted_difference_is_found_and_the_result_is_json():
     sources = Sources(1, 2, 300, 0.5)
-    result = attribute(featurise("words", sources.texts, Numbers()), sources.comparison(), SETTINGS)
+    result = attribute(prepare("words", sources.texts, Numbers()), sources.comparison(), SETTINGS).result
     assert result.p_value == 1 / (1 + SETTINGS.permutations)
     assert 0.5 < result.ci95[0] < result.accuracy < result.ci95[1]
     assert result.auc > 0.7
@@ -108,7 +108,7 @@ def test_nulls_are_at_chance_and_the_test_has_its_size():
     nulls, hits, texts, p_values = 60, 0, 0, []
     for seed in range(nulls):
         sources = Sources(seed, 2, 120, 0.0, pieces=40, per_document=2)
-        result = attribute(featurise("words", sources.texts, Numbers()), sources.comparison(), SETTINGS)
+        result = attribute(prepare("words", sources.texts, Numbers()), sources.comparison(), SETTINGS).result
         hits, texts = hits + round(result.accuracy * result.test_texts), texts + result.test_texts
         p_values.append(result.p_value)
     low, high = binom.interval(1 - 1e-6, texts, 0.5)
@@ -120,16 +120,16 @@ def test_a_result_depends_neither_on_the_rest_of_the_study_nor_on_the_order_of_i
     sources = Sources(2, 3, 150, 0.3)
     pair = sources.arms != "arm 1"
     others = [" ".join(f"{start}{i}" for i in range(300)) for start in "avwz"]  # words before, between and after
-    features = featurise("words", sources.texts + others, Numbers())
-    among_others = attribute(features, sources.comparison(rows=pair), SETTINGS)
+    rung = prepare("words", sources.texts + others, Numbers())
+    among_others = attribute(rung, sources.comparison(rows=pair), SETTINGS).result
     own = [text for text, kept in zip(sources.texts, pair, strict=True) if kept]
     compact = Comparison(
         "a comparison", np.arange(len(own)), sources.arms[pair], sources.prompts[pair], sources.documents[pair]
     )
-    assert attribute(featurise("words", own, Numbers()), compact, SETTINGS) == among_others
+    assert attribute(prepare("words", own, Numbers()), compact, SETTINGS).result == among_others
 
     order = default_rng(0).permutation(np.flatnonzero(pair))
-    shuffled = attribute(features, sources.comparison(rows=order), SETTINGS)
+    shuffled = attribute(rung, sources.comparison(rows=order), SETTINGS).result
     assert (shuffled.accuracy, shuffled.p_value, shuffled.ci95) == (
         among_others.accuracy,
         among_others.p_value,
@@ -139,11 +139,11 @@ def test_a_result_depends_neither_on_the_rest_of_the_study_nor_on_the_order_of_i
 
 def test_two_comparisons_share_no_random_stream():
     sources = Sources(3, 2, 200, 0.1)
-    features = featurise("words", sources.texts, Numbers())
-    first, second = (attribute(features, sources.comparison(name), SETTINGS) for name in ("first", "second"))
+    rung = prepare("words", sources.texts, Numbers())
+    first, second = (attribute(rung, sources.comparison(name), SETTINGS).result for name in ("first", "second"))
     assert first.accuracy == second.accuracy
     assert first.p_value != second.p_value
-    assert first == attribute(features, sources.comparison("first"), SETTINGS)
+    assert first == attribute(rung, sources.comparison("first"), SETTINGS).result
 
 
 def test_the_test_part_chooses_nothing():
@@ -152,16 +152,16 @@ def test_the_test_part_chooses_nothing():
     held = stats.split(sources.documents, 0, 0.1, 0.4) == "test"
     spoiled = ["w0 w0 unheard" if out else text for text, out in zip(sources.texts, held, strict=True)]
     before, after = (
-        attribute(featurise("words", t, Numbers()), sources.comparison(), SETTINGS) for t in (sources.texts, spoiled)
+        attribute(prepare("words", t, Numbers()), sources.comparison(), SETTINGS).result for t in (sources.texts, spoiled)
     )
-    assert (before.c, before.telling) == (after.c, after.telling)
+    assert (before.chosen, before.telling) == (after.chosen, after.telling)
     assert after.accuracy == 0.5
 
 
 def test_pooled_arms_are_one_class():
     sources = Sources(5, 4, 200, 0.4)
     labels = np.where(np.isin(sources.arms, ["arm 0", "arm 1"]), "first half", "second half")
-    result = attribute(featurise("words", sources.texts, Numbers()), sources.comparison(labels=labels), SETTINGS)
+    result = attribute(prepare("words", sources.texts, Numbers()), sources.comparison(labels=labels), SETTINGS).result
     assert result.classes == ("first half", "second half")
     assert result.chance == 0.5
     assert result.test_texts == 4 * result.test_prompts
@@ -188,7 +188,7 @@ def test_a_comparison_that_would_mislead_is_refused(labels, prompts, documents, 
 def test_too_few_documents_are_a_clear_mistake():
     sources = Sources(0, 2, 3, 0.3)
     with pytest.raises(UserError, match=r"of 3 prompt documents, each part needs 2; raise sampling\.prompts"):
-        attribute(featurise("words", sources.texts, Numbers()), sources.comparison(), SETTINGS)
+        attribute(prepare("words", sources.texts, Numbers()), sources.comparison(), SETTINGS)
 
 
 def test_empty_training_texts_are_a_clear_mistake():
@@ -196,7 +196,7 @@ def test_empty_training_texts_are_a_clear_mistake():
     held = stats.split(sources.documents, 0, 0.1, 0.4) == "test"
     texts = [text if out else "" for text, out in zip(sources.texts, held, strict=True)]
     with pytest.raises(UserError, match="no training text has words"):
-        attribute(featurise("words", texts, Numbers()), sources.comparison(), SETTINGS)
+        attribute(prepare("words", texts, Numbers()), sources.comparison(), SETTINGS)
 
 
 # --- the ceiling ------------------------------------------------------------------------------------------------------
@@ -280,9 +280,88 @@ def test_no_classifier_beats_the_ceiling(strength):
     held = comparison.parts(SETTINGS) == "test"
     likelihood = np.where(held[:, None], sources.log_likelihood, np.nan)  # only the test texts need one
     best = ceiling(likelihood, ["arm 0", "arm 1", "arm 2"], comparison, SETTINGS)
-    result = attribute(featurise("words", sources.texts, Numbers()), comparison, SETTINGS)
+    result = attribute(prepare("words", sources.texts, Numbers()), comparison, SETTINGS).result
     error = np.sqrt(2 * 0.25 / result.test_texts)  # of a difference of two accuracies, at most
     assert result.accuracy <= best.accuracy + 3 * error
     assert best.ci95[0] <= best.accuracy <= best.ci95[1]
     if strength == 1.0:
         assert result.accuracy > best.accuracy - 0.1  # and with strong sources it comes near: the bound is not idle
+
+
+# --- beside the ceiling, with fewer texts, with several in one decision -------------------------------------------------
+
+
+def bounded(sources, comparison, arms):
+    return ceiling(sources.log_likelihood, [f"arm {k}" for k in range(arms)], comparison, SETTINGS)
+
+
+def test_the_share_is_of_the_excess_over_chance():
+    sources = Sources(7, 2, 800, 0.3)
+    comparison = sources.comparison()
+    bound = bounded(sources, comparison, 2)
+    rung = prepare("words", sources.texts, Numbers())
+    result = attribute(rung, comparison, SETTINGS, bound).result
+    assert result.share == pytest.approx((result.accuracy - 0.5) / (bound.accuracy - 0.5))
+    assert result.share_ci95[0] < result.share < result.share_ci95[1]
+    alone = attribute(rung, comparison, SETTINGS).result
+    assert (alone.share, alone.share_ci95) == (None, None)
+    assert dataclasses.replace(result, share=None, share_ci95=None) == alone
+
+
+def test_a_null_has_no_share():
+    sources = Sources(8, 2, 300, 0.0)
+    comparison = sources.comparison()
+    bound = ceiling(np.zeros((600, 2)), ["arm 0", "arm 1"], comparison, SETTINGS)
+    result = attribute(prepare("words", sources.texts, Numbers()), comparison, SETTINGS, bound).result
+    assert (result.share, result.share_ci95) == (None, None)
+    assert [pooled.accuracy for pooled in bound.pooled] == [0.5] * len(bound.pooled)
+
+
+def test_two_classes_have_the_exact_sign_test_beside_the_permutations():
+    sources = Sources(9, 2, 300, 0.12)
+    result = attribute(prepare("words", sources.texts, Numbers()), sources.comparison(), SETTINGS).result
+    error = 6 * np.sqrt(result.sign_p * (1 - result.sign_p) / SETTINGS.permutations) + 1 / SETTINGS.permutations
+    assert result.p_value == pytest.approx(result.sign_p, abs=error)
+    sources = Sources(9, 3, 300, 0.12)
+    assert attribute(prepare("words", sources.texts, Numbers()), sources.comparison(), SETTINGS).result.sign_p is None
+
+
+def test_fewer_training_texts_are_judged_on_the_same_test_texts():
+    sources = Sources(10, 2, 1500, 0.12)
+    rung = prepare("words", sources.texts, Numbers())
+    curve = [attribute(rung, sources.comparison(), SETTINGS, fraction=fraction).result for fraction in (0.03, 0.2, 1.0)]
+    assert len({result.test_texts for result in curve}) == 1
+    assert curve[2].training_texts == 3000 - curve[2].test_texts
+    for result, fraction in zip(curve[:2], (0.03, 0.2), strict=True):
+        low, high = binom.interval(1 - 1e-6, curve[2].training_texts // 2, fraction)
+        assert 2 * low <= result.training_texts <= 2 * high
+    assert curve[0].accuracy < curve[2].accuracy
+    assert curve[0].bits_per_text < curve[2].bits_per_text
+
+
+def test_several_texts_of_one_source_are_one_decision():
+    """The ceiling's are the products of the likelihoods; both use the same groups, and more texts tell more."""
+    sources = Sources(11, 3, 1200, 0.1)
+    comparison = sources.comparison()
+    bound = bounded(sources, comparison, 3)
+    result = attribute(prepare("words", sources.texts, Numbers()), comparison, SETTINGS, bound).result
+    assert [pooled.texts for pooled in result.pooled] == [4, 16]
+    prompts = result.test_prompts
+    assert [pooled.decisions for pooled in result.pooled] == [3 * (prompts // 4), 3 * (prompts // 16)]
+    for row in (result, bound):
+        first, second = row.pooled
+        assert row.accuracy < first.accuracy < second.accuracy
+        assert first.ci95[0] <= first.accuracy <= first.ci95[1]
+    for ours, best in zip(result.pooled, bound.pooled, strict=True):
+        assert ours.accuracy <= best.accuracy + 3 * np.sqrt(2 * 0.25 / ours.decisions)
+
+
+def test_a_decision_is_on_one_source_where_a_class_pools_several():
+    """Texts of two arms of one class are not one decision: their mixture would not be what either drew."""
+    sources = Sources(12, 4, 400, 0.3)
+    labels = np.where(np.isin(sources.arms, ["arm 0", "arm 1"]), "first", "second")
+    rows = np.arange(len(labels))
+    comparison = Comparison("pools", rows, labels, sources.prompts, sources.documents, sources.arms)
+    bound = ceiling(sources.log_likelihood, ["first", "first", "second", "second"], comparison, SETTINGS)
+    assert bound.pooled[0].decisions == 4 * (len(bound.scores_N) // 4 // 4)
+    assert bound.pooled[0].accuracy > 0.95

@@ -255,10 +255,10 @@ def test_auc_interval_agrees_with_resampling_documents_one_by_one():
         scores = random.dirichlet(np.ones(classes), len(labels)).round(1) + 0.5 * np.eye(classes)[labels]  # with ties
         scores /= scores.sum(axis=1, keepdims=True)
         rows = [np.flatnonzero(document == d) for d in range(60)]
-        drawn = [np.concatenate([rows[d] for d in random.integers(0, 60, 60)]) for _ in range(1000)]
+        drawn = [np.concatenate([rows[d] for d in random.integers(0, 60, 60)]) for _ in range(300)]
         areas = [stats.pairwise_auc(scores[some], labels[some]) for some in drawn]
         interval = stats.auc_interval(scores, labels, document, random, 1000)
-        assert interval == pytest.approx(np.quantile(areas, [0.025, 0.975]), abs=0.012)  # about 5 Monte Carlo errors
+        assert interval == pytest.approx(np.quantile(areas, [0.025, 0.975]), abs=0.02)  # about 5 Monte Carlo errors
         assert interval[0] < stats.pairwise_auc(scores, labels) < interval[1]
 
 

@@ -1,0 +1,118 @@
+"""The ladder of classifiers: from pieces that are counted to texts that are read.
+
+Owns what each rung prepares of a study's texts once, and how it is chosen, fitted and asked for one comparison. Must not know
+prompts, documents, p-values, or what the classes are.
+
+Letters after an underscore name the axes: N texts, K classes, V pieces.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from natfp_jax import classify, config
+from natfp_jax.classify import Features, Tokenizer
+from natfp_jax.errors import UserError
+
+__all__ = ["Counted", "Judged", "Rung", "Task", "prepare"]
+
+TELLING = 20  # pieces listed for each class
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """The texts of one comparison, and what each is for. A text that is for nothing is not looked at.
+
+    Attributes:
+      name: what messages call it.
+      rows: the row of each text among those that the rung was prepared with.
+      labels_N: the class of each as a number from 0.
+      training_N, validation_N, test_N: masks.
+      tried_N: the mask of the texts with which settings are chosen: all, or enough of very many.
+    """
+
+    name: str
+    rows: NDArray[np.integer]
+    labels_N: NDArray[np.integer]
+    training_N: NDArray[np.bool_]
+    validation_N: NDArray[np.bool_]
+    test_N: NDArray[np.bool_]
+    tried_N: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What a fitted rung says of the test texts.
+
+    Attributes:
+      probabilities_NK: of each class.
+      chosen: what the validation part chose.
+      telling: the pieces that speak most for each class, strongest first; empty where a rung has no such pieces.
+    """
+
+    probabilities_NK: NDArray[np.float64]
+    chosen: dict[str, float]
+    telling: list[list[str]]
+
+
+class Rung(Protocol):
+    """One classifier, ready for every comparison of the texts that it was prepared with."""
+
+    @property
+    def kind(self) -> str:
+        """What it is called."""
+        ...
+
+    def judge(self, task: Task, settings: config.Attribution) -> Judged:
+        """Chosen on the validation texts, fitted on these and the training texts, asked for the test texts.
+
+        Raises:
+          UserError: there is nothing to be fitted on.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """Counts of pieces under a logistic regression."""
+
+    features: Features
+
+    @property
+    def kind(self) -> str:
+        """What it is called."""
+        return self.features.kind
+
+    def judge(self, task: Task, settings: config.Attribution) -> Judged:
+        """As `Rung.judge`."""
+        known_N = task.training_N | task.validation_N
+        counts_NV = self.features.counts_NV[task.rows]
+        used_V = np.flatnonzero(counts_NV[known_N].sum(axis=0))
+        if not len(used_V):
+            raise UserError(f"{task.name}: no training text has {self.kind}; look at the samples")
+        if self.kind == "ngrams":  # hashed columns are the same whatever else the study has, and most are dropped anyway
+            used_V = np.arange(counts_NV.shape[1])
+        elif len(used_V) < counts_NV.shape[1]:
+            # Only the pieces of the rows that are fitted on: the others are weightless, but would make the last bits depend
+            # on what else the study has.
+            counts_NV = counts_NV[:, used_V]
+        among = classify.candidates(self.features.kind, settings.regularisation)
+        fitted = classify.choose(among, counts_NV, task.labels_N, task.training_N, task.validation_N, task.tried_N)
+        telling = classify.telling(fitted, counts_NV[known_N], TELLING)
+        return Judged(
+            fitted.predict_proba(counts_NV[task.test_N]),
+            classify.chosen(fitted),
+            [self.features.names(used_V[columns]) for columns in telling],
+        )
+
+
+def prepare(kind: Any, texts: Sequence[str], tokenizer: Tokenizer) -> Rung:
+    """A rung for all comparisons of these texts.
+
+    Raises:
+      UserError: no text has a piece.
+    """
+    return Counted(classify.featurise(kind, texts, tokenizer))
