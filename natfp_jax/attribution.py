@@ -170,6 +170,8 @@ class Verdict:
 
     result: Result
     correct_N: NDArray[np.bool_]
+    labels_N: NDArray[np.integer]
+    prompts_N: NDArray[np.str_]
     documents_N: NDArray[np.str_]
 
 
@@ -241,7 +243,7 @@ def attribute(
         confusion=confusion_matrix(labels_N, predicted_N, labels=range(len(classes))).tolist(),
         telling=dict(zip(classes, judged.telling, strict=True)) if judged.telling else {},
     )
-    return Verdict(result, correct_N, documents_N)
+    return Verdict(result, correct_N, labels_N, prompts_N, documents_N)
 
 
 def _pooled(

@@ -20,9 +20,12 @@ __all__ = [
     "cells",
     "confused",
     "coverage",
+    "decisive",
     "headline",
     "interval",
     "lines",
+    "percent",
+    "share",
     "table",
     "titled",
     "verdicts",
@@ -38,6 +41,7 @@ Row = dict[str, Any]  # one classifier's result on one comparison
 
 
 def percent(value: float) -> str:
+    """A fraction in percent."""
     return f"{100 * value:.1f}"
 
 
@@ -45,6 +49,11 @@ def interval(row: Row, name: str = "accuracy", bounds: str = "ci95") -> str:
     """A fraction with its bounds, in percent."""
     low, high = row[bounds]
     return f"{percent(row[name])} [{percent(low)}, {percent(high)}]"
+
+
+def share(row: Row) -> str:
+    """How much of the ceiling's excess over chance a classifier reads, in percent, or a dash where there is none."""
+    return interval(row, "share", "share_ci95") if row["share"] is not None else "–"
 
 
 def p_text(value: float, sign: str = "") -> str:
@@ -86,21 +95,29 @@ def headline(summary: Summary) -> str:
     )
 
 
+def decisive(summary: Summary) -> list[Row]:
+    """The rows that the study's answer rests on: of each factor at each checkpoint its pooled test or its only pair."""
+    return [row for group in _groups(summary).values() for row in _decisive(group)]
+
+
+def _decisive(group: list[Row]) -> list[Row]:
+    return [row for row in group if _pooled(row)] or group
+
+
 def verdicts(summary: Summary) -> list[str]:
-    """What the study found, a sentence for each factor at each checkpoint, from its pooled test or its only pair."""
+    """What the study found, a sentence for each factor at each checkpoint."""
     said, nulls = [], []
     for (step, _, factor), group in _groups(summary).items():
         if factor == "null":
             nulls += group
             continue
-        decisive = [row for row in group if _pooled(row)] or group
-        row = decisive[0]
-        found = "; ".join(_finding(row) for row in decisive)
+        row = _decisive(group)[0]
+        found = "; ".join(_finding(row) for row in _decisive(group))
         low, _ = row["ceiling_ci95"]
         proof = "the models differ" if low > row["chance"] else "that the models differ is not shown"
         bounds = f"chance {percent(row['chance'])} %, ceiling {interval(row, 'ceiling', 'ceiling_ci95')} %: {proof}"
         said.append(f"{titled(row)} at step {step}: {found}; {bounds}.")
-    return said + _null(nulls) + _impossible(summary) + _powerless(summary)
+    return said + _null(nulls) + _shared(summary) + _impossible(summary) + _powerless(summary)
 
 
 def _finding(row: Row) -> str:
@@ -108,6 +125,16 @@ def _finding(row: Row) -> str:
         return f"recognisable by {row['classifier']}, {interval(row)} %, {_both_p(row)}"
     most = f"at most {percent(row['ci95'][1])} %"
     return f"not shown at this power by {row['classifier']}, {percent(row['accuracy'])} %, {most}, {_both_p(row)}"
+
+
+def _shared(summary: Summary) -> list[str]:
+    rows = summary["noise"]
+    return [
+        f"LEAK: {' and '.join(row['draws'])} begin with the same token at {row['agreements']} of {row['prompts']} prompts, "
+        f"expected {row['expected']:.1f} (p {p_text(row['p_value'], '= ')}). Draws share noise: trust no other number here."
+        for row in rows
+        if row["p_value"] * len(rows) < LEAK
+    ]
 
 
 def _null(rows: list[Row]) -> list[str]:
@@ -160,7 +187,10 @@ def coverage(summary: Summary) -> list[str]:
         f"Holm's correction is over all {len(summary['comparisons'])} tests of this study. With {settings['permutations']} "
         f"permutations the least value that a test can reach is {p_text(least)} before and {p_text(least_holm)} after it.",
         "The ceiling is the accuracy of the likelihood itself on the same texts: no classifier can be better but by chance. "
-        "Where its interval lies above chance, the models differ, whether or not a classifier finds it.",
+        "Where its interval lies above chance, the models differ, whether or not a classifier finds it. The share is how much "
+        "of the ceiling's excess over chance a classifier reads.",
+        "A decision on several texts adds up their log-probabilities; the groups of prompts are the same for all classifiers "
+        "and for the ceiling, and the interval resamples groups.",
         "Accuracies of comparisons with different numbers of classes are not comparable; AUC (mean over pairs of classes) and "
         "bits per text (log2 of the classes less the log-loss; negative where the classifier is worse than a guess) are.",
     ]

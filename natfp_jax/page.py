@@ -6,7 +6,19 @@ Owns what stands on it and in which order. A function of the summary alone; must
 import json
 from collections.abc import Sequence
 
-from natfp_jax.findings import Summary, cells, confused, coverage, headline, interval, titled, verdicts
+from natfp_jax.findings import (
+    Summary,
+    cells,
+    confused,
+    coverage,
+    decisive,
+    headline,
+    interval,
+    percent,
+    share,
+    titled,
+    verdicts,
+)
 
 __all__ = ["markdown"]
 
@@ -31,11 +43,24 @@ def _comparison_grid(summary: Summary) -> str:
     rows = [
         [
             *(titled(row), row["classifier"], str(row["checkpoint"]), *cells([row])[:-1]),
-            *(interval(row, "ceiling", "ceiling_ci95"), str(row["test_texts"]), str(row["test_prompts"])),
+            *(interval(row, "ceiling", "ceiling_ci95"), share(row), str(row["test_texts"]), str(row["test_prompts"])),
         ]
         for row in summary["comparisons"]
     ]
-    return _grid([*header, "ceiling % [95 %]", "test texts", "test prompts"], rows, words=2)
+    return _grid([*header, "ceiling % [95 %]", "share % [95 %]", "test texts", "test prompts"], rows, words=2)
+
+
+def _pooled_grid(summary: Summary) -> str:
+    header = ["comparison", "classifier", "step", "texts", "decisions", "accuracy % [95 %]", "chance %", "ceiling % [95 %]"]
+    rows = [
+        [
+            *(titled(row), row["classifier"], str(row["checkpoint"]), str(one["texts"]), str(one["decisions"])),
+            *(interval(one), percent(row["chance"]), interval(best)),
+        ]
+        for row in decisive(summary)
+        for one, best in zip(row["pooled"], row["ceiling_pooled"], strict=True)
+    ]
+    return _grid(header, rows, words=2) if rows else "There are too few test prompts for it."
 
 
 def _arm_grid(summary: Summary) -> str:
@@ -87,6 +112,8 @@ def markdown(summary: Summary) -> str:
         _comparison_grid(summary),
         "![accuracies with intervals, chance and ceilings](accuracies.png)",
         "*Bars are 95 % intervals over test documents; dashed lines are chance, diamonds the likelihood ceiling.*",
+        "## Several texts of one model in one decision",
+        _pooled_grid(summary),
         f"## Who is taken for whom: {scene}",
         *(f"![confusion matrix, {row['classifier']}](confusion-{row['classifier']}.png)" for row in rows),
         "The pieces that speak most for each source, strongest first:",

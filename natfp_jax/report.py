@@ -36,6 +36,7 @@ def summarise(work: Workspace) -> Summary:
         "fingerprint": files.read_json(work.folder / "study.json")["fingerprint"],
         "corpus": {"name": work.store.meta["name"], "sha256": work.store.sha256, "tokens": work.store.tokens},
         "comparisons": attributed["comparisons"],
+        "noise": attributed["noise"],
         "arms": [_arm(work, arm, records[arm][work.arms[arm].experiment.steps]) for arm in work.arms],
         "stages": _timings(work.folder / "timings.json"),
         "numerics": _numerics(work, records),

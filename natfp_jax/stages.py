@@ -187,7 +187,8 @@ class Work(Workspace):
             likelihoods = scoring.likelihoods(self, drawn, self.test_rows)
 
             def write() -> None:
-                files.write_json(path, {"inputs": inputs, "comparisons": self._attributions(drawn, likelihoods)})
+                found = {"comparisons": self._attributions(drawn, likelihoods), "noise": self._noise(drawn)}
+                files.write_json(path, {"inputs": inputs, **found})
 
             processes.led(write)
 
@@ -237,6 +238,25 @@ class Work(Workspace):
         for row, p_holm in zip(results, stats.holm([row["p_value"] for row in results]), strict=True):
             row["p_holm"] = float(p_holm)
         return results
+
+    def _noise(self, drawn: dict[Draw, Any]) -> list[dict[str, Any]]:
+        """Of each null whether its two draws share noise: by how often their first tokens are the same."""
+        rows = dict[tuple[Draw, ...], dict[str, Any]]()
+        for comparison in self.comparisons:
+            if comparison.factor != "null" or tuple(comparison.draws) in rows:  # at another length
+                continue
+            first, again = (drawn[one] for one in comparison.draws)
+            same_N = np.array([a[0] == b[0] for a, b in zip(first["ids"].to_pylist(), again["ids"].to_pylist(), strict=True)])
+            chance_N = np.exp([log_p[0] for log_p in first["log_probabilities"].to_pylist()])
+            rows[tuple(comparison.draws)] = {
+                "draws": [one.name for one in comparison.draws],
+                "checkpoint": comparison.step,
+                "prompts": len(same_N),
+                "agreements": int(same_N.sum()),
+                "expected": float(chance_N.sum()),
+                "p_value": stats.agreement_p(same_N, chance_N),
+            }
+        return list(rows.values())
 
     def _rungs(self, drawn_texts: list[str]) -> list[ladder.Rung]:
         return [ladder.prepare(kind, drawn_texts, self.store.tokenizer) for kind in self.study.attribution.classifiers]

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, poisson_binom
 from sklearn.metrics import roc_auc_score
 
 __all__ = [
     "LEAST_LEVELS",
     "PARTS",
+    "agreement_p",
     "auc_interval",
     "bits_per_text",
     "bootstrap_interval",
@@ -258,6 +259,21 @@ def sign_p(correct_N: ArrayLike, labels_N: ArrayLike, prompts_N: ArrayLike) -> f
     hits_P = np.bincount(prompt_N, weights=np.asarray(correct_N, dtype=np.float64))
     right, wrong = int(np.count_nonzero(hits_P == 2)), int(np.count_nonzero(hits_P == 0))
     return float(binomtest(right, right + wrong, alternative="greater").pvalue) if right + wrong else 1.0
+
+
+def agreement_p(same_N: ArrayLike, chance_N: ArrayLike) -> float:
+    """Whether two draws agree too often to be independent: one-sided, exact.
+
+    Given the first draw's outcome, an independent second one of the same distribution is equal to it with the probability
+    that this outcome had. So the number of agreements has a Poisson-binomial distribution that is known.
+
+    Args:
+      same_N: whether the two outcomes of each trial are equal.
+      chance_N: the probability that the first one's outcome had.
+    """
+    # A sum of float32 probabilities may end a little above 1.
+    known = poisson_binom(np.minimum(np.asarray(chance_N, dtype=np.float64), 1.0))
+    return float(np.clip(known.sf(np.count_nonzero(same_N) - 1), 0, 1))
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

@@ -56,7 +56,14 @@ def row(classes, accuracy=0.5, p_value=0.5, p_holm=1.0, ceiling=0.95, **fields):
         "bits_per_text": -0.01,
         "test_texts": 800 * k,
         "test_prompts": 800,
-        "c": 0.1,
+        "chosen": {"C": 0.1},
+        "sign_p": p_value,
+        "auc_ci95": [accuracy - half, accuracy + half],
+        "share": (accuracy - 1 / k) / (ceiling - 1 / k) if ceiling > 0.5 else None,
+        "share_ci95": [-0.1, 0.5] if ceiling > 0.5 else None,
+        "training_texts": 1200 * k,
+        "pooled": [{"texts": 4, "decisions": 200 * k, "accuracy": accuracy, "ci95": [accuracy - half, accuracy + half]}],
+        "ceiling_pooled": [{"texts": 4, "decisions": 200 * k, "accuracy": ceiling, "ci95": [ceiling, ceiling]}],
         "confusion": counts.tolist(),
         "telling": {name: [" the", "|", "`", "\n"] for name in classes},
         "ceiling": ceiling,
@@ -98,6 +105,7 @@ def summary_of(study=SMALL, change=None, **fields):
         "fingerprint": "f" * 64,
         "corpus": {"name": "docs", "sha256": "c" * 64, "tokens": 3_500_000},
         "comparisons": [(change or (lambda row: row))(row) for row in rows],
+        "noise": [],
         "arms": every_arm,
         "stages": {"train": {"seconds": 100.0, "tokens": 1_638_400}, "attribute": {"seconds": 5.0}},
         "numerics": {"differ": [], "train": [], "sample": []},
@@ -114,6 +122,7 @@ FIELDS = {
     "fingerprint": TEXT,
     "corpus": dict,
     "comparisons": list,
+    "noise": list,
     "arms": list,
     "stages": dict,
     "numerics": dict,
@@ -203,7 +212,7 @@ def work(tmp_path, monkeypatch):
     folder = tmp_path / "studies" / "small"
     files.write_json(folder / "study.json", {"fingerprint": made["fingerprint"], "study": to_json(SMALL)})
     files.write_json(folder / "timings.json", made["stages"])
-    files.write_json(folder / "attribution.json", {"inputs": "1", "comparisons": made["comparisons"]})
+    files.write_json(folder / "attribution.json", {"inputs": "1", "comparisons": made["comparisons"], "noise": []})
     runs = {}
     for arm in made["arms"]:
         known = {
@@ -446,6 +455,27 @@ def test_the_null_is_put_as_the_largest_leak_that_it_leaves_room_for():
     assert "Null: no leak above 4.1 points, at any checkpoint, by any classifier." in findings.verdicts(made)
 
 
+def test_the_page_shows_the_share_of_the_ceiling_and_several_texts_in_one_decision():
+    page = markdown(summary_of())
+    (line,) = (line for line in page.splitlines() if line.startswith("| order (pooled) | subwords | 200 | 58.1 ["))
+    assert "18.0 [-10.0, 50.0]" in line  # (.581 - .5) / (.95 - .5)
+    (null,) = (line for line in page.splitlines() if line.startswith("| null") and "| subwords | 200 | 50.0 [" in line)
+    assert "| – |" in null
+    section = page.partition("## Several texts")[2].partition("\n## ")[0]
+    assert "| order (pooled) | subwords | 200 | 4 | 400 | 58.1 [54.6, 61.6] | 50.0 | 95.0 [95.0, 95.0] |" in section
+    assert "(order 0)" not in section  # of a factor the pooled test alone
+
+
+def test_shared_noise_is_shouted():
+    noise = {"draws": ["a.draw0", "a.draw1"], "checkpoint": 200, "prompts": 500, "agreements": 80, "expected": 61.25}
+    quiet = summary_of(noise=[{**noise, "p_value": 0.02}])
+    assert not any("share noise" in said for said in findings.verdicts(quiet))
+    (said,) = (said for said in findings.verdicts(summary_of(noise=[{**noise, "p_value": 1e-9}])) if "share noise" in said)
+    assert said.startswith(
+        "LEAK: a.draw0 and a.draw1 begin with the same token at 80 of 500 prompts, expected 61.2 (p < 0.0001)"
+    )
+
+
 def test_a_leak_is_shouted():
     def change(one):
         leak = one["factor"] == "null" and one["classifier"] == "words" and one["checkpoint"] == 200
@@ -585,10 +615,10 @@ def test_status_follows_a_study_from_its_first_file_to_its_report(tree):
         assert states(tree, name) == ["done", "done", "done"]
         assert "attribute running\nreport    missing" in re.sub(" +\n *", "\n", shown(tree))
     assert "attribute missing" in shown(tree)
-    files.write_json(folder / "attribution.json", {"inputs": "1", "comparisons": []})
+    files.write_json(folder / "attribution.json", {"inputs": "1", "comparisons": [], "noise": []})
     files.write_json(folder / "report" / "summary.json", {"inputs": {"attribution": "1"}})
     assert "attribute done\nreport    done" in re.sub(" +\n *", "\n", shown(tree))
-    files.write_json(folder / "attribution.json", {"inputs": "2", "comparisons": []})
+    files.write_json(folder / "attribution.json", {"inputs": "2", "comparisons": [], "noise": []})
     assert "report    out of date" in shown(tree)
 
 

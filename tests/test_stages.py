@@ -28,6 +28,7 @@ from natfp_jax.audit import audit
 from natfp_jax.ceiling import log_likelihoods
 from natfp_jax.config import Attribution, Corpus, Data, Experiment, Factor, Model, Perturb, Run, Sampling, Stories, Study
 from natfp_jax.errors import Damaged, Stopped, UserError
+from natfp_jax.findings import verdicts
 from natfp_jax.params import flatten
 from natfp_jax.progress import Progress
 from natfp_jax.prompts import Prompts
@@ -304,7 +305,8 @@ def test_the_ceiling_of_a_length_is_that_of_the_beginnings(copy):
     some = [row for row in many if row["new_tokens"] == 3]
     assert len(some) == len(few) == 6
     for one, other in zip(some, few, strict=True):
-        named = {"draws", "setting", "p_value", "p_holm", "ci95", "ceiling_ci95"}  # streams have the name in them
+        named = {"draws", "setting", "p_value", "p_holm", "pooled", "ceiling_pooled"}  # streams have the name in them
+        named |= {name for name in one if name.endswith("ci95")}
         assert {k: v for k, v in one.items() if k not in named} == {k: v for k, v in other.items() if k not in named}
 
 
@@ -935,3 +937,20 @@ def test_killed_again_and_again_a_study_comes_to_the_same(natfp, tmp_path):
     remains = [path for path in out.rglob("*") if path.name.endswith(".tmp")]
     assert remains == []
     assert files.read_json(out / "studies" / "tiny" / "study.json")["study"] == config.to_json(STUDY)
+
+
+def test_draws_that_share_noise_are_found_out(copy):
+    """The second draw of the null is written over with the first's ids, as if both had drawn from one stream."""
+    made = work(copy)
+    first, again = (made.draw_paths(Draw("init0", 16, number)) for number in (0, 1))
+    for one, other in zip(first, again, strict=True):
+        columns = {**texts.read(other).to_pydict(), "ids": texts.read(one)["ids"].to_pylist()}
+        texts.write(other, columns, {**texts.read_record(other), "texts": "others"})
+    with made.claimed():
+        made.attribute()
+        summary = report(made)
+    honest, shared = (next(row for row in summary["noise"] if row["checkpoint"] == step) for step in (8, 16))
+    assert honest["p_value"] > 1e-6
+    assert (shared["agreements"], shared["prompts"]) == (150, 150)
+    assert shared["p_value"] < 1e-6
+    assert any("init0.step16.draw0 and init0.step16.draw1" in said for said in verdicts(summary))

@@ -281,6 +281,36 @@ def test_the_sign_test_is_for_two_classes_with_one_text_each():
     assert stats.sign_p([1, 1, 1, 1], [0, 0, 1, 1], ["a"] * 4) is None
 
 
+# --- shared noise -----------------------------------------------------------------------------------------------------
+
+
+def test_agreements_of_independent_draws_are_as_often_as_they_should_be():
+    """Uniform among many pairs of draws, and beyond doubt where a tenth of the noise is shared."""
+    random, trials, p_values, shared = default_rng(0), 300, [], []
+    for _ in range(200):
+        chances = random.dirichlet(np.full(20, 0.3), trials)
+        first, again = (np.array([random.choice(20, p=row) for row in chances]) for _ in range(2))
+        held = chances[np.arange(trials), first]
+        p_values.append(stats.agreement_p(first == again, held))
+        coupled = np.where(np.arange(trials) < trials // 5, first, again)
+        shared.append(stats.agreement_p(first == coupled, held))
+    assert np.count_nonzero(np.array(p_values) <= 0.05) <= binom.isf(1e-6, 200, 0.05)
+    assert np.count_nonzero(np.array(p_values) <= 0.5) >= binom.isf(1 - 1e-6, 200, 0.4)  # counts are discrete
+    assert max(shared) < 0.05
+
+
+def test_agreements_are_counted_exactly():
+    chances = [0.2, 0.5, 0.9]
+    law = [
+        np.prod([p if hit else 1 - p for p, hit in zip(chances, hits, strict=True)])
+        for hits in itertools.product((0, 1), repeat=3)
+    ]
+    number = [sum(hits) for hits in itertools.product((0, 1), repeat=3)]
+    two = sum(p for p, n in zip(law, number, strict=True) if n >= 2)
+    assert stats.agreement_p([True, False, True], chances) == pytest.approx(two)
+    assert stats.agreement_p([True, True], [1.0, 1.0000001]) == 1.0
+
+
 # --- the share of the ceiling -----------------------------------------------------------------------------------------
 
 
