@@ -43,6 +43,7 @@ __all__ = [
     "featurise",
     "linear",
     "pipeline",
+    "shown",
     "telling",
 ]
 
@@ -106,7 +107,7 @@ class Subwords(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
 
     def get_feature_names_out(self, _: Any = None) -> NDArray[np.object_]:
         """The text of each column."""
-        return np.array([_shown([id_], self.tokenizer) for id_ in self.vocabulary_.tolist()], dtype=object)
+        return np.array([shown([id_], self.tokenizer) for id_ in self.vocabulary_.tolist()], dtype=object)
 
     def _counted(self, texts: Sequence[str]) -> sparse.csr_array:
         """A column an id, for every id up to the largest that occurs."""
@@ -145,7 +146,8 @@ def bag(kind: Bag, tokenizer: Tokenizer) -> Any:
     return HashingVectorizer(analyzer=partial(_runs, tokenizer), n_features=COLUMNS, alternate_sign=False, norm=None)
 
 
-def _shown(ids: list[int], tokenizer: Tokenizer) -> str:
+def shown(ids: list[int], tokenizer: Tokenizer) -> str:
+    """Subwords as a report shows them."""
     text = tokenizer.decode(ids)
     # A part of a character, or a special token, has no text of its own.
     return f"<{' '.join(map(str, ids))}>" if not text or "\N{REPLACEMENT CHARACTER}" in text else text
@@ -263,7 +265,7 @@ class Features:
         runs = _runs(self.tokenizer, self.texts[first])
         one = HashingVectorizer(analyzer=list, n_features=COLUMNS, alternate_sign=False, norm=None)
         hashed = one.transform([[run] for run in runs]).indices
-        return _shown([int(id_) for id_ in runs[int(np.argmax(hashed == column))].split()], self.tokenizer)
+        return shown([int(id_) for id_ in runs[int(np.argmax(hashed == column))].split()], self.tokenizer)
 
 
 def featurise(kind: Bag, texts: Sequence[str], tokenizer: Tokenizer) -> Features:

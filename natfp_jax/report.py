@@ -37,6 +37,7 @@ def summarise(work: Workspace) -> Summary:
         "corpus": {"name": work.store.meta["name"], "sha256": work.store.sha256, "tokens": work.store.tokens},
         "comparisons": attributed["comparisons"],
         "noise": attributed["noise"],
+        "wording": attributed["wording"],
         "arms": [_arm(work, arm, records[arm][work.arms[arm].experiment.steps]) for arm in work.arms],
         "stages": _timings(work.folder / "timings.json"),
         "numerics": _numerics(work, records),

@@ -6,14 +6,15 @@ error that names both sides. Must not know how any stage computes, nor how resul
 
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from natfp_jax import attribution, config, files, ladder, processes, scoring, stats, texts
+from natfp_jax import attribution, config, files, processes, scoring, texts
+from natfp_jax.analysis import Analysis
 from natfp_jax.cohort import fitting, standing
 from natfp_jax.config import Study
 from natfp_jax.drawing import sample
@@ -24,7 +25,7 @@ from natfp_jax.progress import Progress
 from natfp_jax.runs import damaged_lines
 from natfp_jax.stopping import Stop
 from natfp_jax.strategy import strategy_of
-from natfp_jax.study import Arm, Draw, draws
+from natfp_jax.study import Arm, draws
 from natfp_jax.train import check, train
 from natfp_jax.workspace import Workspace, write_if_new
 
@@ -187,83 +188,6 @@ class Work(Workspace):
             likelihoods = scoring.likelihoods(self, drawn, self.test_rows)
 
             def write() -> None:
-                found = {"comparisons": self._attributions(drawn, likelihoods), "noise": self._noise(drawn)}
-                files.write_json(path, {"inputs": inputs, **found})
+                files.write_json(path, {"inputs": inputs, **Analysis(self, drawn, self.test_rows).made(likelihoods)})
 
             processes.led(write)
-
-    def _attributions(
-        self, drawn: dict[Draw, Any], likelihoods: dict[tuple[Draw, str, int], np.ndarray]
-    ) -> list[dict[str, Any]]:
-        settings, count, test = self.study.attribution, len(self.prompts), self.test_rows
-        start, lengths = {one: place * count for place, one in enumerate(drawn)}, self.study.sampling.lengths
-        rungs = {length: self._rungs(self._beginnings(drawn, length)) for length in lengths}
-        prompts, documents = list(map(str, self.prompts.ids)), self.prompts.documents
-        results = []
-        with self.progress.task("attribute", len(self.comparisons) * len(settings.classifiers), "classifiers") as advance:
-            for comparison in self.comparisons:
-                sources = [(label, one) for label, pooled in comparison.classes.items() for one in pooled]
-                compared = attribution.Comparison(
-                    name=f"{comparison.name} @ {comparison.step}" + (comparison.setting and f", {comparison.setting}"),
-                    rows=np.concatenate([start[one] + np.arange(count) for _, one in sources]),
-                    labels=[label for label, _ in sources for _ in range(count)],
-                    prompts=prompts * len(sources),
-                    documents=documents * len(sources),
-                    sources=[one.name for _, one in sources for _ in range(count)],
-                )
-                place = lengths.index(comparison.length)
-                likelihood_NA = np.full((count * len(sources), len(sources)), np.nan)
-                for block, (_, one) in enumerate(sources):
-                    for column, (_, other) in enumerate(sources):
-                        likelihood_NA[block * count + test, column] = likelihoods[one, other.arm, other.step][:, place]
-                bound = attribution.ceiling(likelihood_NA, [label for label, _ in sources], compared, settings)
-                for rung in rungs[comparison.length]:
-                    verdict = attribution.attribute(rung, compared, settings, bound)
-                    advance(1)
-                    results.append(
-                        {
-                            "name": comparison.name,
-                            "factor": comparison.factor,
-                            "checkpoint": comparison.step,
-                            "temperature": comparison.draws[0].drawn_at(self.study.sampling),
-                            "new_tokens": comparison.length,
-                            "setting": comparison.setting,
-                            "draws": [one.name for one in comparison.draws],
-                            **asdict(verdict.result),
-                            "ceiling": bound.accuracy,
-                            "ceiling_ci95": bound.ci95,
-                            "ceiling_pooled": [asdict(one) for one in bound.pooled],
-                        }
-                    )
-        for row, p_holm in zip(results, stats.holm([row["p_value"] for row in results]), strict=True):
-            row["p_holm"] = float(p_holm)
-        return results
-
-    def _noise(self, drawn: dict[Draw, Any]) -> list[dict[str, Any]]:
-        """Of each null whether its two draws share noise: by how often their first tokens are the same."""
-        rows = dict[tuple[Draw, ...], dict[str, Any]]()
-        for comparison in self.comparisons:
-            if comparison.factor != "null" or tuple(comparison.draws) in rows:  # at another length
-                continue
-            first, again = (drawn[one] for one in comparison.draws)
-            same_N = np.array([a[0] == b[0] for a, b in zip(first["ids"].to_pylist(), again["ids"].to_pylist(), strict=True)])
-            chance_N = np.exp([log_p[0] for log_p in first["log_probabilities"].to_pylist()])
-            rows[tuple(comparison.draws)] = {
-                "draws": [one.name for one in comparison.draws],
-                "checkpoint": comparison.step,
-                "prompts": len(same_N),
-                "agreements": int(same_N.sum()),
-                "expected": float(chance_N.sum()),
-                "p_value": stats.agreement_p(same_N, chance_N),
-            }
-        return list(rows.values())
-
-    def _rungs(self, drawn_texts: list[str]) -> list[ladder.Rung]:
-        return [ladder.prepare(kind, drawn_texts, self.store.tokenizer) for kind in self.study.attribution.classifiers]
-
-    def _beginnings(self, drawn: dict[Draw, Any], length: int) -> list[str]:
-        """The texts of all draws, cut after so many tokens."""
-        if length == self.study.sampling.lengths[-1]:
-            return [text for table in drawn.values() for text in table["text"].to_pylist()]
-        cut = [ids[:length] for table in drawn.values() for ids in table["ids"].to_pylist()]
-        return self.store.tokenizer.decode_batch(cut)

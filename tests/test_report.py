@@ -20,7 +20,7 @@ from natfp_jax.lock import alone
 from natfp_jax.page import markdown
 from natfp_jax.runs import MetricsLog
 from natfp_jax.status import status
-from natfp_jax.study import arms, comparisons, draws, lacking
+from natfp_jax.study import arms, comparisons, decisive, draws, lacking
 
 SMALL = Study(
     name="small",
@@ -72,6 +72,31 @@ def row(classes, accuracy=0.5, p_value=0.5, p_holm=1.0, ceiling=0.95, **fields):
     }
 
 
+def worded(one, classifier):
+    """What is told of the wording of one comparison, one piece a class."""
+    around = {"before": "…` a | b", "piece": " the", "after": "\n"}
+    words = [
+        {
+            "piece": " the",
+            "source": source,
+            "used": "more",
+            "log_odds": 0.5,
+            "ci95": [0.25, 0.75],
+            "z": 4.5,
+            "stability": 0.97,
+            "held_out_z": -1.25,
+            "documents": 321,
+            "per_10000": 12.5,
+            "per_10000_elsewhere": 7.6,
+            "examples": [around] * 3 if source == next(iter(one.classes)) else [],
+        }
+        for source in one.classes
+    ]
+    named = {"name": one.name, "factor": one.factor, "checkpoint": one.step, "setting": one.setting}
+    found = {"tested": 1234, "stable": 17, "by_chance": 0.4, "held": 16}
+    return {**named, "classifier": classifier, **found, "words": words}
+
+
 def summary_of(study=SMALL, change=None, **fields):
     """A summary as `summarise` makes it, of made-up results; `change` may alter each row."""
     rows = []
@@ -106,6 +131,9 @@ def summary_of(study=SMALL, change=None, **fields):
         "corpus": {"name": "docs", "sha256": "c" * 64, "tokens": 3_500_000},
         "comparisons": [(change or (lambda row: row))(row) for row in rows],
         "noise": [],
+        "wording": [
+            worded(one, classifier) for one in decisive(comparisons(study)) for classifier in study.attribution.classifiers
+        ],
         "arms": every_arm,
         "stages": {"train": {"seconds": 100.0, "tokens": 1_638_400}, "attribute": {"seconds": 5.0}},
         "numerics": {"differ": [], "train": [], "sample": []},
@@ -123,6 +151,7 @@ FIELDS = {
     "corpus": dict,
     "comparisons": list,
     "noise": list,
+    "wording": list,
     "arms": list,
     "stages": dict,
     "numerics": dict,
@@ -213,6 +242,7 @@ def work(tmp_path, monkeypatch):
     files.write_json(folder / "study.json", {"fingerprint": made["fingerprint"], "study": to_json(SMALL)})
     files.write_json(folder / "timings.json", made["stages"])
     files.write_json(folder / "attribution.json", {"inputs": "1", "comparisons": made["comparisons"], "noise": []})
+    files.write_json(folder / "attribution.json", {"inputs": "1", **{name: made[name] for name in ("comparisons", "wording")}})
     runs = {}
     for arm in made["arms"]:
         known = {
@@ -371,6 +401,19 @@ def test_the_tables_of_the_page_are_whole_whatever_the_pieces():
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1, table
     assert "`␣the` `\\|` `` ` `` `\\n`" in page
+
+
+def test_the_page_tells_which_words_and_how_far_to_trust_them():
+    page = markdown(summary_of())
+    section = page[page.index("## Which words") : page.index("## Training")]
+    told = decisive(comparisons(SMALL))
+    assert {one.factor for one in told} == {"init", "order", "twin", "null"}
+    for one in told:
+        for classifier in ("subwords", "words"):
+            assert f"**{one.title}, step {one.step}, {classifier}**: 17 of 1,234 are stable, about 0.4 would be" in section
+    numbers = r"+0.50 [+0.25, +0.75] | 97 | -1.2 | 12.5 | 7.6 |"
+    assert f"| `␣the` | draw 0 | more | `` …` a \\| b⟦ the⟧\\n `` | {numbers}" in section
+    assert f"| `␣the` | draw 1 | more |  | {numbers}" in section
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from natfp_jax.config import Data, Experiment, Factor, MachineDocs, Perturb, Sampling, Stories, Study, TextFolder, to_json
 from natfp_jax.errors import UserError
-from natfp_jax.study import arms, comparisons, draws, lacking
+from natfp_jax.study import arms, comparisons, decisive, draws, lacking
 
 LEVELS = {
     "seeds.init": (0, 1, 2, 3),
@@ -193,6 +193,18 @@ def test_classes_have_equally_many_draws_and_controls_stand_at_every_checkpoint(
         assert len(everything) == (len(grid) > 2)
         for comparison in everything:
             assert list(comparison.classes) == grid
+
+
+@settings(deadline=None)
+@given(studies())
+def test_one_comparison_of_each_factor_and_control_decides_in_the_end(study):
+    every = comparisons(study)
+    found = decisive(every)
+    assert [one.factor for one in found] == list(dict.fromkeys(one.factor for one in every if one.factor != "all"))
+    for one in found:
+        assert one.step == max(other.step for other in every)
+        rivals = [other for other in every if (other.factor, other.step, other.setting) == (one.factor, one.step, one.setting)]
+        assert len(rivals) == 1 or one.name == f"{one.factor} (pooled)"
 
 
 @settings(deadline=None)
