@@ -22,7 +22,7 @@ def summarise(work: Workspace) -> Summary:
     """Everything that the report says, as JSON values.
 
     Raises:
-      UserError: the study is not attributed.
+      UserError: the study is not attributed, or by another version.
       Damaged: a file that it is made from is not what was written.
     """
     path = work.folder / "attribution.json"
@@ -30,6 +30,8 @@ def summarise(work: Workspace) -> Summary:
         raise UserError(f"{path} does not exist: run `natfp attribute` first")
     work.check_trained()
     attributed = files.read_remade(path)
+    if "wording" not in attributed:
+        raise UserError(f"{path} says nothing of the wording, as another version wrote it: run `natfp attribute` again")
     records = {arm: _records(work, arm) for arm in work.arms}
     summary = {
         "study": work.study.name,

@@ -344,6 +344,12 @@ def test_without_an_attribution_the_user_is_told_what_to_run(work):
     assert not (work.folder / "report").exists()
 
 
+def test_an_attribution_of_another_version_is_a_clear_mistake(work):
+    files.write_json(work.folder / "attribution.json", {"inputs": "1", "comparisons": summary_of()["comparisons"]})
+    with pytest.raises(UserError, match="another version wrote it: run `natfp attribute` again"):
+        report.report(work)
+
+
 def test_arms_that_do_not_share_the_numerics_record_are_on_the_first_line(work):
     assert findings.headline(report.summarise(work)) == "small"
     work.run_of("init1-order0").known[200]["numerics"] = {"cpu_threads": 1}
