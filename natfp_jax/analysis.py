@@ -6,14 +6,15 @@ is computed, or how results look.
 Letters after an underscore name the axes: N texts, A arms.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from natfp_jax import attribution, ladder, stats
+from natfp_jax import attribution, config, ladder, rng, stats
 from natfp_jax.attribution import Ceiling
 from natfp_jax.ladder import Counted, Rung
 from natfp_jax.study import Comparison, Draw, decisive
@@ -21,6 +22,8 @@ from natfp_jax.wording import wording
 from natfp_jax.workspace import Workspace
 
 __all__ = ["Analysis"]
+
+NO_FACTORS = ("all", "null", "twin")  # what a comparison may be of instead
 
 Rows = list[dict[str, Any]]
 Likelihoods = Mapping[tuple[Draw, str, int], np.ndarray]
@@ -38,6 +41,7 @@ class Analysis:
     def __init__(self, work: Workspace, drawn: Mapping[Draw, Any], test_rows: np.ndarray) -> None:
         self.work, self.drawn, self.test_rows = work, drawn, test_rows
         self.settings, self.lengths = work.study.attribution, work.study.sampling.lengths
+        self.costs: dict[str, tuple[float, int]] = {}  # classifier → seconds, and texts that it was fitted on or asked for
         self.first = {one: place * len(work.prompts) for place, one in enumerate(drawn)}  # row of each draw
 
     @cached_property
@@ -63,36 +67,54 @@ class Analysis:
         Args:
           likelihoods: (draw, arm, step) → log-likelihood of the draw's test texts under the arm's checkpoint: [texts, lengths].
         """
-        return {**self._compared(likelihoods), "noise": self._noise()}
+        told, fractions = decisive(self.work.comparisons), self.settings.learning_curve
+        steps = (len(self.work.comparisons) + len(fractions) * len(told)) * len(self.settings.classifiers)
+        compared, worded, curves, by_pair = Rows(), Rows(), Rows(), _Pairs()
+        with self.work.progress.task("attribute", steps, "classifiers") as advance:
+            for one in self.work.comparisons:
+                texts, bound = self._comparison(one), self._ceiling(one, likelihoods)
+                for rung in self.rungs[one.length]:
+                    verdict = self._attributed(rung, texts, bound)
+                    advance(1)
+                    compared.append(self._row(one, verdict.result, bound))
+                    by_pair.add(one, rung.kind, verdict.correct_N, verdict.documents_N, bound.scores_N)
+                    if one not in told:
+                        continue
+                    if isinstance(rung, Counted) and rung.kind != "ngrams":  # runs share columns
+                        worded.append({**_named(one), **asdict(wording(rung.features, texts, self.settings))})
+                    for fraction in fractions:
+                        curves.append(_point(one, self._attributed(rung, texts, bound, fraction).result, bound))
+                        advance(1)
+                    if fractions:
+                        curves.append(_point(one, verdict.result, bound))
+        for row, p_holm in zip(compared, stats.holm([row["p_value"] for row in compared]), strict=True):
+            row["p_holm"] = float(p_holm)
+        levels = by_pair.rows(self.settings)
+        return {"comparisons": compared, "wording": worded, "curves": curves, "levels": levels, "noise": self._noise()}
 
     # --- comparisons ---
 
-    def _compared(self, likelihoods: Likelihoods) -> dict[str, Rows]:
-        rows, worded, told = Rows(), Rows(), decisive(self.work.comparisons)
-        kinds, comparisons = self.settings.classifiers, self.work.comparisons
-        with self.work.progress.task("attribute", len(comparisons) * len(kinds), "classifiers") as advance:
-            for one in comparisons:
-                compared, bound = self._comparison(one), self._ceiling(one, likelihoods)
-                for rung in self.rungs[one.length]:
-                    verdict = attribution.attribute(rung, compared, self.settings, bound)
-                    advance(1)
-                    rows.append(
-                        {
-                            **_named(one),
-                            "temperature": one.draws[0].drawn_at(self.work.study.sampling),
-                            "new_tokens": one.length,
-                            "draws": [draw.name for draw in one.draws],
-                            **asdict(verdict.result),
-                            "ceiling": bound.accuracy,
-                            "ceiling_ci95": bound.ci95,
-                            "ceiling_pooled": [asdict(pooled) for pooled in bound.pooled],
-                        }
-                    )
-                    if one in told and isinstance(rung, Counted) and rung.kind != "ngrams":  # runs share columns
-                        worded.append({**_named(one), **asdict(wording(rung.features, compared, self.settings))})
-        for row, p_holm in zip(rows, stats.holm([row["p_value"] for row in rows]), strict=True):
-            row["p_holm"] = float(p_holm)
-        return {"comparisons": rows, "wording": worded}
+    def _attributed(
+        self, rung: Rung, texts: attribution.Comparison, bound: Ceiling, fraction: float = 1.0
+    ) -> attribution.Verdict:
+        begun = time.perf_counter()
+        verdict = attribution.attribute(rung, texts, self.settings, bound, fraction)
+        seconds, count = self.costs.get(rung.kind, (0.0, 0))
+        used = verdict.result.training_texts + verdict.result.test_texts
+        self.costs[rung.kind] = seconds + time.perf_counter() - begun, count + used
+        return verdict
+
+    def _row(self, one: Comparison, result: attribution.Result, bound: Ceiling) -> dict[str, Any]:
+        return {
+            **_named(one),
+            "temperature": one.draws[0].drawn_at(self.work.study.sampling),
+            "new_tokens": one.length,
+            "draws": [draw.name for draw in one.draws],
+            **asdict(result),
+            "ceiling": bound.accuracy,
+            "ceiling_ci95": bound.ci95,
+            "ceiling_pooled": [asdict(pooled) for pooled in bound.pooled],
+        }
 
     def _comparison(self, one: Comparison) -> attribution.Comparison:
         prompts, sources = self.work.prompts, [(label, draw) for label, some in one.classes.items() for draw in some]
@@ -135,6 +157,51 @@ class Analysis:
                 "p_value": stats.agreement_p(same_N, chance_N),
             }
         return list(rows.values())
+
+
+class _Pairs:
+    """Hits of every pair of levels, for what can be said of levels in general."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, int, str, str], list[tuple[Comparison, np.ndarray, np.ndarray, np.ndarray]]] = {}
+
+    def add(self, one: Comparison, kind: str, correct_N: np.ndarray, documents_N: np.ndarray, scores_N: np.ndarray) -> None:
+        """Keeps a comparison if it is of two levels of a factor."""
+        if one.factor in NO_FACTORS or len(one.draws) != 2:
+            return
+        of = one.factor, one.step, one.setting, kind
+        self.found.setdefault(of, []).append((one, correct_N, documents_N, scores_N))
+
+    def rows(self, settings: config.Attribution) -> Rows:
+        """Of each factor with levels enough the mean accuracy over its pairs, with an interval over levels and documents."""
+        rows = Rows()
+        for (factor, step, setting, kind), some in self.found.items():
+            pairs = [cast("tuple[str, str]", tuple(one.classes)) for one, *_ in some]
+            levels = len({name for pair in pairs for name in pair})
+            if levels < stats.LEAST_LEVELS:
+                continue
+            scores = {"accuracy": [correct_N for _, correct_N, _, _ in some], "ceiling": [bound_N for *_, bound_N in some]}
+            intervals = {}
+            for name, score_PN in scores.items():
+                random = rng.generator(settings.split_seed, "levels", factor, step, setting, kind, name)
+                intervals[name] = stats.levels_interval(pairs, score_PN, some[0][2], random, settings.bootstraps)
+            rows.append(
+                {
+                    **{"factor": factor, "checkpoint": step, "setting": setting, "classifier": kind},
+                    **{"levels": levels, "pairs": len(pairs), "chance": 0.5},
+                    **{"accuracy": float(np.mean(scores["accuracy"])), "ci95": intervals["accuracy"]},
+                    **{"ceiling": float(np.mean(scores["ceiling"])), "ceiling_ci95": intervals["ceiling"]},
+                }
+            )
+        return rows
+
+
+def _point(one: Comparison, result: attribution.Result, bound: Ceiling) -> dict[str, Any]:
+    """A point of a learning curve: no test, since the same texts were tested with all others."""
+    kept = ("classifier", "training_texts", "test_texts", "chance", "accuracy", "ci95", "bits_per_text", "share", "share_ci95")
+    found = asdict(result)
+    bounds = {"ceiling": bound.accuracy, "ceiling_ci95": bound.ci95}
+    return {**_named(one), "new_tokens": one.length, **{name: found[name] for name in kept}, **bounds}
 
 
 def _named(one: Comparison) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from natfp_jax.files import whole_file
-from natfp_jax.findings import Row, titled
+from natfp_jax.findings import STEP, Course, Row, titled
 
-__all__ = ["accuracies", "confusion", "losses", "save"]
+__all__ = ["accuracies", "confusion", "courses", "losses", "save"]
 
 WIDTH = 8.0  # inches: with DPI, what a README shows without shrinking
 DPI = 110
@@ -76,6 +76,48 @@ def _line(axes: Axes, place: int, rows: Sequence[Row], kinds: Sequence[str]) -> 
     axes.vlines(100 * rows[0]["chance"], place - 0.4, place + 0.4, colors=GREY, linestyles="dashed", label="chance")
     ceiling = 100 * median(row["ceiling"] for row in rows)
     axes.plot(ceiling, place, "D", color="black", fillstyle="none", label="likelihood ceiling", linestyle="none")
+
+
+def courses(found: Mapping[str, Mapping[str, Mapping[str, Course]]]) -> Figure:
+    """How accuracies and ceilings go with the training step, the texts to learn from, their length and their number.
+
+    Args:
+      found: comparison → what it goes with → line → its course, as `findings.courses` gives it.
+    """
+    across = list(dict.fromkeys(along for panels in found.values() for along in panels))
+    kinds = [
+        kind for kind in dict.fromkeys(k for p in found.values() for lines in p.values() for k in lines) if kind != "ceiling"
+    ]
+    figure = Figure(figsize=(max(WIDTH, 3.2 * len(across)), 2.4 * len(found) + 0.7), layout="constrained")
+    grid = figure.subplots(max(len(found), 1), max(len(across), 1), sharex="col", sharey="row", squeeze=False)
+    for row, (name, panels) in zip(grid, found.items(), strict=False):
+        row[0].set_ylabel(f"{name}\naccuracy (%)")
+        for axes, along in zip(row, across, strict=True):
+            for kind, course in panels.get(along, {}).items():
+                colour = "black" if kind == "ceiling" else COLOURS[kinds.index(kind) % len(COLOURS)]
+                marker = "D" if kind == "ceiling" else MARKERS[kinds.index(kind) % len(MARKERS)]
+                fill = "none" if kind == "ceiling" else "full"
+                y, low, high = (100 * np.array(side) for side in (course.y, course.low, course.high))
+                axes.plot(course.x, y, color=colour, marker=marker, markersize=4, fillstyle=fill, label=kind)
+                axes.fill_between(course.x, low, high, color=colour, alpha=0.15, linewidth=0)
+            # From step 0 on; early steps are close together.
+            axes.set_xscale("symlog", linthresh=_least(found, along)) if along == STEP else axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+    for axes, along in zip(grid[-1], across, strict=False):
+        axes.set_xlabel(along)
+    handle = {label: one for axes in grid.flat for one, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    shown = [label for label in (*kinds, "ceiling") if label in handle]
+    if shown:
+        figure.legend([handle[k] for k in shown], shown, loc="outside upper center", ncols=len(shown), frameon=False)
+    return figure
+
+
+def _least(found: Mapping[str, Mapping[str, Mapping[str, Course]]], along: str) -> float:
+    """The least value above zero that something has."""
+    values = [x for panels in found.values() for course in panels.get(along, {}).values() for x in course.x]
+    return min((x for x in values if x > 0), default=1)
 
 
 def losses(curves: Mapping[str, Sequence[tuple[float, float, bool]]]) -> Figure:

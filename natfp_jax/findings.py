@@ -19,6 +19,7 @@ __all__ = [
     "Summary",
     "cells",
     "confused",
+    "courses",
     "coverage",
     "decisive",
     "headline",
@@ -117,7 +118,7 @@ def verdicts(summary: Summary) -> list[str]:
         proof = "the models differ" if low > row["chance"] else "that the models differ is not shown"
         bounds = f"chance {percent(row['chance'])} %, ceiling {interval(row, 'ceiling', 'ceiling_ci95')} %: {proof}"
         said.append(f"{titled(row)} at step {step}: {found}; {bounds}.")
-    return said + _null(nulls) + _shared(summary) + _impossible(summary) + _powerless(summary)
+    return said + _general(summary) + _null(nulls) + _shared(summary) + _impossible(summary) + _powerless(summary)
 
 
 def _finding(row: Row) -> str:
@@ -125,6 +126,18 @@ def _finding(row: Row) -> str:
         return f"recognisable by {row['classifier']}, {interval(row)} %, {_both_p(row)}"
     most = f"at most {percent(row['ci95'][1])} %"
     return f"not shown at this power by {row['classifier']}, {percent(row['accuracy'])} %, {most}, {_both_p(row)}"
+
+
+def _general(summary: Summary) -> list[str]:
+    said = []
+    for row in summary["levels"]:
+        pairs = titled(row, f"{row['pairs']} pairs of {row['levels']}")
+        bound = interval(row, "ceiling", "ceiling_ci95")
+        said.append(
+            f"Two levels of {row['factor']} in general ({pairs}) at step {row['checkpoint']}: {interval(row)} % by "
+            f"{row['classifier']}, ceiling {bound} %; levels and documents resampled."
+        )
+    return said
 
 
 def _shared(summary: Summary) -> list[str]:
@@ -209,6 +222,54 @@ def confused(summary: Summary) -> list[Row]:
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+class Course(NamedTuple):
+    """How an accuracy goes with something: x, and the accuracy there with its bounds."""
+
+    x: list[float]
+    y: list[float]
+    low: list[float]
+    high: list[float]
+
+
+STEP, LEARNT, LENGTH, TOGETHER = "training step", "texts to learn from", "tokens of a text", "texts in one decision"
+
+
+def courses(summary: Summary) -> dict[str, dict[str, dict[str, Course]]]:
+    """Comparison → what its accuracy goes with → classifier or "ceiling" → how; what has one value alone is left out.
+
+    Of each factor its pooled test or its only pair; at the last checkpoint, temperature and length where another goes.
+    """
+    rows = decisive(summary)
+    last, end = rows[-1], max(row["checkpoint"] for row in rows)
+    points: dict[tuple[str, str, str], dict[float, tuple[float, Any]]] = {}
+
+    def add(row: Row, along: str, x: float, accuracy: tuple[float, Any], ceiling: tuple[float, Any]) -> None:
+        points.setdefault((row["name"], along, row["classifier"]), {})[x] = accuracy
+        points.setdefault((row["name"], along, "ceiling"), {})[x] = ceiling
+
+    for row in [*rows, *({**row, "learnt": row["training_texts"]} for row in summary["curves"])]:
+        found = (row["accuracy"], row["ci95"]), (row["ceiling"], row["ceiling_ci95"])
+        if "learnt" in row:
+            add(row, LEARNT, row["learnt"], *found)
+            continue
+        if row["setting"] == last["setting"]:
+            add(row, STEP, row["checkpoint"], *found)
+        if row["checkpoint"] == end and row["temperature"] == last["temperature"]:
+            add(row, LENGTH, row["new_tokens"], *found)
+        if row["checkpoint"] == end and row["setting"] == last["setting"]:
+            add(row, TOGETHER, 1, *found)
+            for one, best in zip(row["pooled"], row["ceiling_pooled"], strict=True):
+                add(row, TOGETHER, one["texts"], (one["accuracy"], one["ci95"]), (best["accuracy"], best["ci95"]))
+    courses: dict[str, dict[str, dict[str, Course]]] = {}
+    for (name, along, kind), some in points.items():
+        if len(some) < 2:
+            continue
+        x = sorted(some)
+        course = Course(x, [some[at][0] for at in x], *([some[at][1][side] for at in x] for side in (0, 1)))
+        courses.setdefault(name, {}).setdefault(along, {})[kind] = course
+    return courses
 
 
 class Line(NamedTuple):

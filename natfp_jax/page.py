@@ -80,6 +80,18 @@ def _comparison_grid(summary: Summary) -> str:
     return _grid([*header, "ceiling % [95 %]", "share % [95 %]", "test texts", "test prompts"], rows, words=2)
 
 
+def _learning_grid(summary: Summary) -> str:
+    header = ["comparison", "classifier", "step", "texts to learn from", "accuracy % [95 %]", "chance %", "bits/text"]
+    rows = [
+        [
+            *(titled(row), row["classifier"], str(row["checkpoint"]), f"{row['training_texts']:,}", interval(row)),
+            *(percent(row["chance"]), f"{row['bits_per_text']:+.3f}", interval(row, "ceiling", "ceiling_ci95"), share(row)),
+        ]
+        for row in summary["curves"]
+    ]
+    return _grid([*header, "ceiling % [95 %]", "share % [95 %]"], rows, words=2)
+
+
 def _pooled_grid(summary: Summary) -> str:
     header = ["comparison", "classifier", "step", "texts", "decisions", "accuracy % [95 %]", "chance %", "ceiling % [95 %]"]
     rows = [
@@ -142,6 +154,11 @@ def markdown(summary: Summary) -> str:
         _comparison_grid(summary),
         "![accuracies with intervals, chance and ceilings](accuracies.png)",
         "*Bars are 95 % intervals over test documents; dashed lines are chance, diamonds the likelihood ceiling.*",
+        "## What the accuracy goes with",
+        "![accuracy by training step, texts to learn from, their length, and texts in one decision](courses.png)",
+        "*Bands are 95 % intervals over test documents (over groups of prompts where texts are pooled); black is the "
+        "likelihood ceiling.*",
+        *([_learning_grid(summary)] if summary["curves"] else []),
         "## Several texts of one model in one decision",
         _pooled_grid(summary),
         f"## Who is taken for whom: {scene}",

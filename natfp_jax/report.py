@@ -9,13 +9,15 @@ from typing import Any
 
 from natfp_jax import __version__, config, files, texts
 from natfp_jax.errors import Damaged, UserError
-from natfp_jax.findings import Row, Summary, confused, lines
+from natfp_jax.findings import Row, Summary, confused, courses, lines
 from natfp_jax.page import markdown
 from natfp_jax.runs import metrics
 from natfp_jax.study import lacking
 from natfp_jax.workspace import Workspace
 
 __all__ = ["report", "summarise"]
+
+ANALYSES = ("comparisons", "wording", "curves", "levels", "noise")  # of attribution.json, as they stand there
 
 
 def summarise(work: Workspace) -> Summary:
@@ -30,16 +32,14 @@ def summarise(work: Workspace) -> Summary:
         raise UserError(f"{path} does not exist: run `natfp attribute` first")
     work.check_trained()
     attributed = files.read_remade(path)
-    if "wording" not in attributed:
-        raise UserError(f"{path} says nothing of the wording, as another version wrote it: run `natfp attribute` again")
+    if missing := [name for name in ANALYSES if name not in attributed]:
+        raise UserError(f"{path} lacks {', '.join(missing)}, as another version wrote it: run `natfp attribute` again")
     records = {arm: _records(work, arm) for arm in work.arms}
     summary = {
         "study": work.study.name,
         "fingerprint": files.read_json(work.folder / "study.json")["fingerprint"],
         "corpus": {"name": work.store.meta["name"], "sha256": work.store.sha256, "tokens": work.store.tokens},
-        "comparisons": attributed["comparisons"],
-        "noise": attributed["noise"],
-        "wording": attributed["wording"],
+        **{name: attributed[name] for name in ANALYSES},
         "arms": [_arm(work, arm, records[arm][work.arms[arm].experiment.steps]) for arm in work.arms],
         "stages": _timings(work.folder / "timings.json"),
         "numerics": _numerics(work, records),
@@ -126,7 +126,7 @@ def report(work: Workspace) -> Summary:
             work.progress.say(f"{damage}: the curves show what is whole")
     folder = work.folder / "report"
     rows = confused(summary)
-    names = ["accuracies.png", "losses.png", *(f"confusion-{row['classifier']}.png" for row in rows)]
+    names = ["accuracies.png", "courses.png", "losses.png", *(f"confusion-{row['classifier']}.png" for row in rows)]
     names.append("report.md")
     path = folder / "summary.json"
     if path.exists() and (written := files.read_remade(path)).get("inputs") == summary["inputs"]:
@@ -141,7 +141,12 @@ def report(work: Workspace) -> Summary:
     panels: dict[int, list[tuple[str, list[Row]]]] = {}
     for line in lines(summary):
         panels.setdefault(line.checkpoint, []).append((line.name, line.rows))
-    drawings = [figures.accuracies(panels), figures.losses(_curves(work, summary)), *map(figures.confusion, rows)]
+    drawings = [
+        figures.accuracies(panels),
+        figures.courses(courses(summary)),
+        figures.losses(_curves(work, summary)),
+        *map(figures.confusion, rows),
+    ]
     for name, figure in zip(names[:-1], drawings, strict=True):
         figures.save(figure, folder / name)
     with files.whole_file(folder / "report.md", "w", encoding="utf-8") as file:

@@ -188,6 +188,9 @@ class Work(Workspace):
             likelihoods = scoring.likelihoods(self, drawn, self.test_rows)
 
             def write() -> None:
-                files.write_json(path, {"inputs": inputs, **Analysis(self, drawn, self.test_rows).made(likelihoods)})
+                analysis = Analysis(self, drawn, self.test_rows)
+                files.write_json(path, {"inputs": inputs, **analysis.made(likelihoods)})
+                for kind, (seconds, count) in analysis.costs.items():
+                    self.spent(f"attribute by {kind}", seconds, {"texts": count})
 
             processes.led(write)

@@ -80,17 +80,17 @@ class Workspace:
         """Adds the seconds of a stage, and the amounts that it fills in, to timings.json."""
         start, amounts = time.perf_counter(), dict[str, int]()
         yield amounts
+        processes.led(lambda: self.spent(stage, time.perf_counter() - start, amounts))
+
+    def spent(self, stage: str, seconds: float, amounts: dict[str, int]) -> None:
+        """Adds to timings.json; of many processes the first one's task."""
         path = self.folder / "timings.json"
-
-        def add() -> None:
-            timings = files.read_remade(path) if path.exists() else {}
-            entry = timings.setdefault(stage, {"seconds": 0.0})
-            entry["seconds"] = round(entry["seconds"] + time.perf_counter() - start, 2)
-            for name, amount in amounts.items():
-                entry[name] = entry.get(name, 0) + amount
-            files.write_json(path, timings)
-
-        processes.led(add)
+        timings = files.read_remade(path) if path.exists() else {}
+        entry = timings.setdefault(stage, {"seconds": 0.0})
+        entry["seconds"] = round(entry["seconds"] + seconds, 2)
+        for name, amount in amounts.items():
+            entry[name] = entry.get(name, 0) + amount
+        files.write_json(path, timings)
 
     # --- arms ---
 

@@ -103,6 +103,7 @@ def summary_of(study=SMALL, change=None, **fields):
     for one in comparisons(study):
         names = [draw.name for draw in one.draws]
         known = {"name": one.name, "factor": one.factor, "checkpoint": one.step, "draws": names, "setting": one.setting}
+        known |= {"new_tokens": one.length, "temperature": one.draws[0].drawn_at(study.sampling)}
         found = {"ceiling": 0.5} if one.factor == "null" else {}
         if one.factor == "order":
             found = {"accuracy": 0.581, "p_value": 0.0001, "p_holm": 0.002}
@@ -131,6 +132,8 @@ def summary_of(study=SMALL, change=None, **fields):
         "corpus": {"name": "docs", "sha256": "c" * 64, "tokens": 3_500_000},
         "comparisons": [(change or (lambda row: row))(row) for row in rows],
         "noise": [],
+        "curves": [],
+        "levels": [],
         "wording": [
             worded(one, classifier) for one in decisive(comparisons(study)) for classifier in study.attribution.classifiers
         ],
@@ -151,6 +154,8 @@ FIELDS = {
     "corpus": dict,
     "comparisons": list,
     "noise": list,
+    "curves": list,
+    "levels": list,
     "wording": list,
     "arms": list,
     "stages": dict,
@@ -241,8 +246,7 @@ def work(tmp_path, monkeypatch):
     folder = tmp_path / "studies" / "small"
     files.write_json(folder / "study.json", {"fingerprint": made["fingerprint"], "study": to_json(SMALL)})
     files.write_json(folder / "timings.json", made["stages"])
-    files.write_json(folder / "attribution.json", {"inputs": "1", "comparisons": made["comparisons"], "noise": []})
-    files.write_json(folder / "attribution.json", {"inputs": "1", **{name: made[name] for name in ("comparisons", "wording")}})
+    files.write_json(folder / "attribution.json", {"inputs": "1", **{name: made[name] for name in report.ANALYSES}})
     runs = {}
     for arm in made["arms"]:
         known = {
@@ -282,7 +286,7 @@ def test_the_report_is_written_once_and_again_only_if_something_changed(work):
     page = (folder / "report.md").read_text()
     images = re.findall(r"!\[.*\]\((.*)\)", page)
     assert sorted(images) == sorted(path.name for path in folder.glob("*.png"))
-    assert {"accuracies.png", "losses.png", "confusion-subwords.png", "confusion-words.png"} == set(images)
+    assert {"accuracies.png", "courses.png", "losses.png", "confusion-subwords.png", "confusion-words.png"} == set(images)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert report.report(work) == made
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
@@ -513,6 +517,53 @@ def test_the_page_shows_the_share_of_the_ceiling_and_several_texts_in_one_decisi
     section = page.partition("## Several texts")[2].partition("\n## ")[0]
     assert "| order (pooled) | subwords | 200 | 4 | 400 | 58.1 [54.6, 61.6] | 50.0 | 95.0 [95.0, 95.0] |" in section
     assert "(order 0)" not in section  # of a factor the pooled test alone
+
+
+def point(fraction, accuracy):
+    found = row(("21", "22"), accuracy, name="order (pooled)", factor="order", classifier="words")
+    return {**found, "training_texts": round(2400 * fraction)}
+
+
+def test_courses_go_with_steps_with_texts_to_learn_from_with_length_and_with_number():
+    learnt = summary_of(curves=[point(0.1, 0.52), point(1.0, 0.56)])
+    courses = findings.courses(learnt)
+    assert set(courses) == {"init (pooled)", "order (pooled)", "all arms", "null of init0-order0", "twin of init0-order0"}
+    steps = courses["order (pooled)"]["training step"]["subwords"]
+    assert (steps.x, steps.y) == ([20, 200], [0.581, 0.581])
+    assert steps.low[0] < 0.581 < steps.high[0]
+    found = courses["order (pooled)"]["texts to learn from"]
+    assert set(found) == {"words", "ceiling"}
+    assert (found["words"].x, found["words"].y) == ([240, 2400], [0.52, 0.56])
+    together = courses["all arms"]["texts in one decision"]
+    assert together["ceiling"].x == [1, 4]
+    assert all("tokens of a text" not in panels for panels in courses.values())  # there is one length
+    swept = findings.courses(summary_of(replace(SMALL, sampling=Sampling(new_tokens=(12, 48), temperature=(0.7, 1.0)))))
+    assert swept["order (pooled)"]["tokens of a text"]["words"].x == [12, 48]
+    assert "training step" not in swept["order (pooled)"]
+
+
+def test_a_learning_curve_stands_on_the_page():
+    page = markdown(summary_of(curves=[point(0.1, 0.52), point(1.0, 0.56)]))
+    assert "| order (pooled) | words | 200 | 240 | 52.0 [48.5, 55.5] | 50.0 | -0.010 |" in page
+    assert "texts to learn from | accuracy" not in markdown(summary_of())
+
+
+def test_levels_in_general_are_told_with_their_interval():
+    levels = {
+        "factor": "init",
+        "checkpoint": 200,
+        "setting": "",
+        "classifier": "words",
+        "levels": 6,
+        "pairs": 15,
+        "chance": 0.5,
+    }
+    levels |= {"accuracy": 0.55, "ci95": [0.51, 0.59], "ceiling": 0.96, "ceiling_ci95": [0.94, 0.97]}
+    said = findings.verdicts(summary_of(levels=[levels]))
+    assert (
+        "Two levels of init in general (15 pairs of 6) at step 200: 55.0 [51.0, 59.0] % by words, ceiling 96.0 [94.0, 97.0] %; "
+        "levels and documents resampled."
+    ) in said
 
 
 def test_shared_noise_is_shouted():

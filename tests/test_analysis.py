@@ -1,0 +1,97 @@
+"""What attribution.json says of a whole study, beside what each number is tested for on its own."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from natfp_jax import config, files, mesh
+from natfp_jax.config import Attribution, Corpus, Data, Experiment, Factor, Model, Sampling, Stories, Study
+from natfp_jax.progress import Progress
+from natfp_jax.report import report
+from natfp_jax.stages import Work
+
+STUDY = Study(
+    name="levels",
+    experiment=Experiment(
+        corpus=Corpus(source=Stories(count=600), vocabulary=300, validation_fraction=0.05, prompt_fraction=0.4, shards=2),
+        model=Model(width=32, layers=1, heads=2),
+        data=Data(seq_len=32, windows=64, epochs=1, batch=8),
+    ),
+    factors=(Factor("seeds.init", (0, 1, 2, 3, 4)),),
+    sampling=Sampling(prompts=150, prompt_chars=20, new_tokens=8, batch=64, checkpoints=(0.0, 1.0)),
+    attribution=Attribution(classifiers=("subwords", "ngrams"), learning_curve=(0.25,), bootstraps=999),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The study, done, and what its report says."""
+    made = Work(STUDY, tmp_path_factory.mktemp("analysis"), Progress(quiet=True))
+    made.devices = mesh.make(config.Mesh(), jax.devices()[:1])
+    with made.claimed():
+        for stage in ("corpus", "train", "sample", "attribute"):
+            getattr(made, stage)()
+        return made, report(made)
+
+
+def test_levels_in_general_are_of_all_pairs_from_five_levels_on(finished):
+    _, summary = finished
+    assert {(row["checkpoint"], row["classifier"]) for row in summary["levels"]} == {
+        (step, kind) for step in (0, 8) for kind in ("subwords", "ngrams")
+    }
+    for row in summary["levels"]:
+        pairs = [
+            one
+            for one in summary["comparisons"]
+            if one["factor"] == "init" and len(one["classes"]) == 2
+            if (one["checkpoint"], one["classifier"]) == (row["checkpoint"], row["classifier"])
+        ]
+        assert (row["levels"], row["pairs"]) == (5, len(pairs)) == (5, 10)
+        for name, bounds in (("accuracy", "ci95"), ("ceiling", "ceiling_ci95")):
+            assert row[name] == pytest.approx(np.mean([one[name] for one in pairs]))
+            assert row[bounds][0] <= row[name] <= row[bounds][1]
+
+
+def test_a_learning_curve_ends_in_the_comparison_itself(finished):
+    _, summary = finished
+    curves = {}
+    for row in summary["curves"]:
+        curves.setdefault((row["name"], row["checkpoint"], row["classifier"]), []).append(row)
+    assert {(name, step) for name, step, _ in curves} == {("init (pooled)", 8), ("null of init0", 8)}
+    for (name, step, kind), points in curves.items():
+        (whole,) = (
+            row for row in summary["comparisons"] if (row["name"], row["checkpoint"], row["classifier"]) == (name, step, kind)
+        )
+        few, all_ = sorted(points, key=lambda row: row["training_texts"])
+        assert few["training_texts"] < 0.5 * all_["training_texts"]
+        assert few["test_texts"] == whole["test_texts"]
+        assert {name: whole[name] for name in all_} == all_
+
+
+def test_what_each_classifier_cost_is_told(finished):
+    _, summary = finished
+    for kind in STUDY.attribution.classifiers:
+        cost = summary["stages"][f"attribute by {kind}"]
+        assert cost["seconds"] > 0
+        rows = [row for row in [*summary["comparisons"], *summary["curves"]] if row["classifier"] == kind]
+        curve = sum(row["training_texts"] + row["test_texts"] for row in rows if "p_value" not in row)
+        whole = sum(row["training_texts"] + row["test_texts"] for row in rows if "p_value" in row)
+        last = sum(
+            row["training_texts"] + row["test_texts"]
+            for row in rows
+            if "p_value" in row and row["checkpoint"] == 8 and row["name"] in ("init (pooled)", "null of init0")
+        )
+        assert cost["texts"] == whole + curve - last  # the last point of a curve is the comparison itself
+
+
+def test_the_same_texts_are_analysed_anew_with_other_settings_alone(finished):
+    made, _ = finished
+    before = files.read_json(made.folder / "attribution.json")
+    other = Work(replace(STUDY, attribution=replace(STUDY.attribution, learning_curve=())), made.out, Progress(quiet=True))
+    other.devices = made.devices
+    with pytest.raises(Exception, match="attribution") as raised, other.claimed():
+        other.attribute()
+    assert "learning_curve" in str(raised.value)
+    assert files.read_json(made.folder / "attribution.json") == before
