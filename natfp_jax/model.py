@@ -19,7 +19,7 @@ from natfp_jax.embedding import look_up
 from natfp_jax.mesh import constrain
 from natfp_jax.params import Params, dims
 
-__all__ = ["Cache", "Decoder", "Slots", "decode", "empty_cache", "head", "hidden", "logits", "unrolled"]
+__all__ = ["Cache", "Decoder", "Slots", "both_ways", "decode", "empty_cache", "head", "hidden", "logits", "unrolled"]
 
 
 Remat = Literal["none", "dots", "full"]
@@ -247,6 +247,20 @@ def decode(
         x_BTD, new = found
         written.append(new)
     return _rms_norm(x_BTD, params["norm"], model.norm_epsilon), tuple(written)
+
+
+def both_ways(model: Model, params: Params, tokens_BT: jax.Array, there_BT: jax.Array) -> jax.Array:
+    """The states `x_BTD` under attention in both directions: the decoder's own blocks as an encoder.
+
+    To decode all tokens at once, under a mask that hides no later ones, is to encode.
+
+    Args:
+      params: as for `hidden`.
+      there_BT: the tokens that may be attended to, at least one a row; the states of the others mean nothing.
+    """
+    B, T = tokens_BT.shape
+    mask_BTT = jnp.broadcast_to(there_BT[:, None], (B, T, T))
+    return decode(model, unrolled(model, params), tokens_BT, jnp.arange(T)[None], mask_BTT, empty_cache(model, B, T), slot=0)[0]
 
 
 def head(params: Params) -> jax.Array:

@@ -7,7 +7,7 @@ import pytest
 
 from natfp_jax import blocks
 from natfp_jax.blocks import block_length
-from natfp_jax.loss import blocked_cross_entropy
+from natfp_jax.loss import blocked_cross_entropy, token_losses
 
 VOCABULARY, PADDED = 37, 64
 
@@ -97,6 +97,31 @@ def test_a_factor_behind_the_loss_reaches_the_gradient():
     x_BTD, w_DV, target_BT = inputs()
     gradient = jax.grad(lambda x: 3 * blocked_cross_entropy(x, w_DV, target_BT, VOCABULARY))(x_BTD)
     assert_close([gradient], [3 * plain(x_BTD, w_DV, target_BT)[1]], 2e-6)
+
+
+def test_a_weight_of_zero_leaves_a_token_out():
+    """Weights of 0 and 1 on a part of the tokens are the loss of that part alone."""
+    x_BTD, w_DV, target_BT = inputs()
+    weight_BT = np.zeros(target_BT.shape, np.float32)
+    weight_BT[:, :7] = 1
+
+    def loss(x, w, target, weight=None):
+        return jax.value_and_grad(lambda x, w: blocked_cross_entropy(x, w, target, VOCABULARY, weight), (0, 1))(x, w)
+
+    value, (dx_BTD, dw_DV) = loss(x_BTD, w_DV, target_BT, weight_BT)
+    expected = plain(x_BTD[:, :7], w_DV, target_BT[:, :7])
+    assert (np.asarray(dx_BTD)[:, 7:] == 0).all()
+    assert_close((value, dx_BTD[:, :7], dw_DV), expected, 2e-6)
+    assert loss(x_BTD, w_DV, target_BT, 3 * weight_BT)[0] == pytest.approx(float(value), rel=1e-6)
+    assert blocked_cross_entropy(x_BTD, w_DV, target_BT, VOCABULARY, weight_BT) == pytest.approx(float(value), rel=1e-6)
+
+
+def test_the_losses_of_tokens_are_those_of_the_formula():
+    x_BTD, w_DV, target_BT = inputs()
+    found_BT = token_losses(x_BTD, w_DV, target_BT, VOCABULARY)
+    for b, t in np.ndindex(target_BT.shape):
+        here = slice(b, b + 1), slice(t, t + 1)
+        assert found_BT[b, t] == pytest.approx(plain(x_BTD[here], w_DV, target_BT[here])[0], rel=1e-4, abs=1e-5)
 
 
 def test_bfloat16_states():

@@ -10,7 +10,7 @@ import pytest
 
 from natfp_jax import params
 from natfp_jax.config import Model
-from natfp_jax.model import Decoder, _gated, decode, empty_cache, head, hidden, logits, unrolled
+from natfp_jax.model import Decoder, _gated, both_ways, decode, empty_cache, head, hidden, logits, unrolled
 
 VOCABULARY, PADDED = 100, 128
 MODELS = {
@@ -59,7 +59,7 @@ def rotary(x_TH, theta):
     return out
 
 
-def attention(x_TD, p, layer, model):
+def attention(x_TD, p, layer, model, later=False):
     """Vaswani et al., 2017, with grouped queries (Ainslie et al., 2023): query head n reads key-value head n // (N / K)."""
     T, N, K = len(x_TD), model.heads, model.kv_heads or model.heads
     out_TD = np.zeros_like(x_TD)
@@ -68,9 +68,10 @@ def attention(x_TD, p, layer, model):
         k_TH = rotary(x_TD @ p["k"][layer][:, n // (N // K)], model.rope_theta)
         v_TH = x_TD @ p["v"][layer][:, n // (N // K)]
         for t in range(T):
-            score = k_TH[: t + 1] @ q_TH[t] / np.sqrt(q_TH.shape[1])
+            seen = len(x_TD) if later else t + 1
+            score = k_TH[:seen] @ q_TH[t] / np.sqrt(q_TH.shape[1])
             weight = np.exp(score - score.max())
-            out_TD[t] += (weight / weight.sum()) @ v_TH[: t + 1] @ p["o"][layer][n]
+            out_TD[t] += (weight / weight.sum()) @ v_TH[:seen] @ p["o"][layer][n]
     return out_TD
 
 
@@ -85,12 +86,12 @@ def mlp(x_TD, p, layer, model):
     return up @ p["down"][layer]
 
 
-def reference(tree, ids_T, model):
+def reference(tree, ids_T, model, later=False):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
     x = p["embedding"][ids_T]
     for layer in range(model.layers):
         a, m = p["layers"]["attention"], p["layers"]["mlp"]
-        x = x + attention(rms_norm(x, a["norm"][layer], model.norm_epsilon), a, layer, model)
+        x = x + attention(rms_norm(x, a["norm"][layer], model.norm_epsilon), a, layer, model, later)
         x = x + mlp(rms_norm(x, m["norm"][layer], model.norm_epsilon), m, layer, model)
     x = rms_norm(x, p["norm"], model.norm_epsilon)
     return x, x @ (p["embedding"].T if model.tied else p["head"])
@@ -151,6 +152,34 @@ def test_rows_of_a_batch_do_not_meet():
     before, after = forward(MODEL, tree, ids_BT)[0], forward(MODEL, tree, changed)[0]
     assert (np.asarray(before)[[0, 2]] == np.asarray(after)[[0, 2]]).all()
     assert (np.asarray(before)[1] != np.asarray(after)[1]).any()
+
+
+# --- both ways --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_ways_is_the_definition_without_the_causal_mask_and_padding_changes_nothing(name):
+    model, lengths = MODELS[name], [1, 5, 9]
+    tree, ids_BT = weights(model), tokens(3, 9)
+    there_BT = np.arange(9) < np.array(lengths)[:, None]
+    run = jax.jit(partial(both_ways, model))
+    x_BTD, other_BTD = run(tree, ids_BT, there_BT), run(tree, np.where(there_BT, ids_BT, 7), there_BT)
+    for row, length in enumerate(lengths):
+        assert distance(x_BTD[row, :length], reference(tree, ids_BT[row, :length], model, later=True)[0]) < 1e-5
+        assert (np.asarray(x_BTD[row, :length]) == np.asarray(other_BTD[row, :length])).all()
+
+
+def test_both_ways_a_state_depends_on_every_token_that_is_there():
+    """By gradients, as of the causal states; a padded one has none."""
+    ids_BT = np.arange(8, dtype=np.int32)[None]
+    tree, there_BT = weights(MODEL), np.arange(8)[None] < 6
+
+    def state(embedding, t):
+        return both_ways(MODEL, {**tree, "embedding": embedding}, ids_BT, there_BT)[0, t].sum()
+
+    gradient = jax.jit(jax.vmap(jax.grad(state), (None, 0)))(tree["embedding"], jnp.arange(6))
+    seen = (np.asarray(gradient)[:, :8] != 0).any(axis=-1)
+    assert (seen == (np.arange(8) < 6)).all()
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
