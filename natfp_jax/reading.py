@@ -327,7 +327,8 @@ class TextReader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
 
     def predict(self, texts: Sequence[str]) -> NDArray[Any]:
         """The most probable class of each text."""
-        return self.classes_[self.predict_proba(texts).argmax(axis=1)]
+        probability_NK = self.predict_proba(texts)
+        return self.classes_[probability_NK.argmax(axis=1)]
 
     def state(self) -> dict[str, NDArray[Any]]:
         """What a fitted classifier predicts by, as plain arrays; the inverse is `from_state`."""
