@@ -16,8 +16,8 @@ import numpy as np
 
 from natfp_jax import attribution, config, ladder, rng, stats
 from natfp_jax.attribution import Ceiling
-from natfp_jax.ladder import Counted, Rung
-from natfp_jax.study import Comparison, Draw, decisive
+from natfp_jax.ladder import READERS, Counted, Rung
+from natfp_jax.study import Comparison, Draw, answers, decisive
 from natfp_jax.wording import wording
 from natfp_jax.workspace import Workspace
 
@@ -45,12 +45,12 @@ class Analysis:
         self.first = {one: place * len(work.prompts) for place, one in enumerate(drawn)}  # row of each draw
 
     @cached_property
-    def rungs(self) -> dict[int, list[Rung]]:
-        """Of each length the classifiers, prepared with the texts of all draws."""
+    def rungs(self) -> dict[int, dict[str, Rung]]:
+        """Length → classifier → it, prepared with the texts of all draws."""
         tokenizer = self.work.store.tokenizer
         beginnings = {length: self._beginnings(length) for length in self.lengths}
         return {
-            length: [ladder.prepare(kind, some, tokenizer) for kind in self.settings.classifiers]
+            length: {kind: ladder.prepare(kind, some, tokenizer) for kind in self.settings.classifiers}
             for length, some in beginnings.items()
         }
 
@@ -68,12 +68,14 @@ class Analysis:
           likelihoods: (draw, arm, step) → log-likelihood of the draw's test texts under the arm's checkpoint: [texts, lengths].
         """
         told, fractions = decisive(self.work.comparisons), self.settings.learning_curve
-        steps = (len(self.work.comparisons) + len(fractions) * len(told)) * len(self.settings.classifiers)
+        judges = {place: self._judges(one) for place, one in enumerate(self.work.comparisons)}
+        steps = sum(map(len, judges.values())) + len(fractions) * len(told) * len(self.settings.classifiers)
         compared, worded, curves, by_pair = Rows(), Rows(), Rows(), _Pairs()
         with self.work.progress.task("attribute", steps, "classifiers") as advance:
-            for one in self.work.comparisons:
+            for place, one in enumerate(self.work.comparisons):
                 texts, bound = self._comparison(one), self._ceiling(one, likelihoods)
-                for rung in self.rungs[one.length]:
+                for kind in judges[place]:
+                    rung = self.rungs[one.length][kind]
                     verdict = self._attributed(rung, texts, bound)
                     advance(1)
                     compared.append(self._row(one, verdict.result, bound))
@@ -93,6 +95,11 @@ class Analysis:
         return {"comparisons": compared, "wording": worded, "curves": curves, "levels": levels, "noise": self._noise()}
 
     # --- comparisons ---
+
+    def _judges(self, one: Comparison) -> list[str]:
+        """The classifiers of a comparison: networks take a training each, and are kept for what the answer rests on."""
+        every = self.settings.classifiers
+        return [kind for kind in every if kind not in READERS or one in answers(self.work.comparisons)]
 
     def _attributed(
         self, rung: Rung, texts: attribution.Comparison, bound: Ceiling, fraction: float = 1.0

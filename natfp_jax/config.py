@@ -306,10 +306,9 @@ class Sampling(Strict):
 class Attribution(Strict):
     """How texts are attributed."""
 
-    classifiers: Annotated[tuple[Literal["subwords", "words", "ngrams"], ...], pydantic.Field(min_length=1)] = (
-        "subwords",
-        "words",
-    )  # rungs of the ladder
+    classifiers: Annotated[
+        tuple[Literal["subwords", "words", "ngrams", "lm", "transformer"], ...], pydantic.Field(min_length=1)
+    ] = ("subwords", "words")  # rungs of the ladder; the last two are trained networks, and judge what a factor's answer is
     split_seed: Seed = 0
     validation_fraction: OpenFraction = 0.1  # of the prompt documents; the classifier's settings are chosen there
     test_fraction: OpenFraction = 0.4  # of the prompt documents; nothing is chosen there

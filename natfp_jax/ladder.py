@@ -13,13 +13,21 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from natfp_jax import classify, config
-from natfp_jax.classify import Features, Tokenizer
+from natfp_jax import classify, config, reading
+from natfp_jax.classify import Features
 from natfp_jax.errors import UserError
+from natfp_jax.language_models import LanguageModels
+from natfp_jax.reader import Reader
+from natfp_jax.reading import TextReader
 
-__all__ = ["Counted", "Judged", "Rung", "Task", "prepare"]
+__all__ = ["READERS", "Counted", "Judged", "Read", "Rung", "Task", "prepare"]
 
 TELLING = 20  # pieces listed for each class
+READERS: dict[str, type[TextReader]] = {"lm": LanguageModels, "transformer": Reader}
+
+
+class Tokenizer(classify.Tokenizer, reading.Tokenizer, Protocol):
+    """What the rungs need of the study's tokenizer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +117,36 @@ class Counted:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A network that reads the texts token by token, trained anew for each comparison."""
+
+    kind: str
+    texts: Sequence[str]
+    tokenizer: Tokenizer
+
+    def judge(self, task: Task, settings: config.Attribution) -> Judged:
+        """As `Rung.judge`; the weights are fitted on the training texts alone, the validation texts say when to stop."""
+
+        def part(mask_N: NDArray[np.bool_]) -> tuple[list[str], list[int]]:
+            return [self.texts[row] for row in task.rows[mask_N]], task.labels_N[mask_N].tolist()
+
+        reader = READERS[self.kind](self.tokenizer, seed=settings.split_seed)
+        fitted = reader.fit(*part(task.training_N), validation=part(task.validation_N))
+        return Judged(fitted.predict_proba(part(task.test_N)[0]), {"epochs": fitted.epoch_ + 1}, [])
+
+
 def prepare(kind: Any, texts: Sequence[str], tokenizer: Tokenizer) -> Rung:
     """A rung for all comparisons of these texts.
 
+    Args:
+      kind: one of `config.Attribution.classifiers`.
+      texts: of all comparisons.
+      tokenizer: what makes subwords of them.
+
     Raises:
-      UserError: no text has a piece.
+      UserError: pieces are counted, and no text has one.
     """
+    if kind in READERS:
+        return Read(kind, texts, tokenizer)
     return Counted(classify.featurise(kind, texts, tokenizer))

@@ -75,7 +75,7 @@ class Reader(TextReader):
         width: int = 64,
         layers: int = 1,
         heads: int = 4,
-        tokens: int = 64,
+        tokens: int = 512,
         batch: int = 32,
         learning_rate: float = 3e-3,
         weight_decay: float = 1.0,
@@ -89,7 +89,7 @@ class Reader(TextReader):
         Args:
           tokenizer: what makes ids of texts.
           width, layers, heads: of the encoder.
-          tokens: how many ids of a text are read.
+          tokens: how many ids of a text are read, at most; memory goes by the longest text where that is shorter.
           batch: texts a step.
           learning_rate: the highest.
           weight_decay: of matrices.

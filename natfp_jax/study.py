@@ -13,7 +13,7 @@ from natfp_jax.config import Experiment, Factor, Sampling, Study, replace, to_js
 from natfp_jax.errors import UserError
 from natfp_jax.files import canonical_json, hash_json
 
-__all__ = ["Arm", "Comparison", "Draw", "arms", "comparisons", "decisive", "draws", "lacking"]
+__all__ = ["Arm", "Comparison", "Draw", "answers", "arms", "comparisons", "decisive", "draws", "lacking"]
 
 
 @dataclass(frozen=True)
@@ -195,15 +195,20 @@ def comparisons(study: Study) -> list[Comparison]:
     return list(reversed(distinct.values()))
 
 
+def answers(every: list[Comparison]) -> list[Comparison]:
+    """At each checkpoint and setting each factor's pooled comparison, or its only pair, and the controls."""
+    of: dict[tuple[str, int, str], Comparison] = {}
+    for one in every:  # a pooled comparison comes after its pairs
+        if one.factor != "all":
+            of[one.factor, one.step, one.setting] = one
+    return list(of.values())
+
+
 def decisive(every: list[Comparison]) -> list[Comparison]:
-    """Each factor's pooled comparison, or its only pair, and the controls, in the end: the last checkpoint and setting."""
+    """The `answers` in the end: at the last checkpoint and setting."""
     last = max(one.step for one in every)
     setting = [one.setting for one in every if one.step == last][-1]
-    of: dict[str, Comparison] = {}
-    for one in every:  # a pooled comparison comes after its pairs
-        if (one.step, one.setting) == (last, setting) and one.factor != "all":
-            of[one.factor] = one
-    return list(of.values())
+    return [one for one in answers(every) if (one.step, one.setting) == (last, setting)]
 
 
 def draws(study: Study) -> list[Draw]:

@@ -11,6 +11,7 @@ from natfp_jax.config import Attribution, Corpus, Data, Experiment, Factor, Mode
 from natfp_jax.progress import Progress
 from natfp_jax.report import report
 from natfp_jax.stages import Work
+from natfp_jax.study import comparisons
 
 STUDY = Study(
     name="levels",
@@ -21,8 +22,9 @@ STUDY = Study(
     ),
     factors=(Factor("seeds.init", (0, 1, 2, 3, 4)),),
     sampling=Sampling(prompts=150, prompt_chars=20, new_tokens=8, batch=64, checkpoints=(0.0, 1.0)),
-    attribution=Attribution(classifiers=("subwords", "ngrams"), learning_curve=(0.25,), bootstraps=999),
+    attribution=Attribution(classifiers=("subwords", "ngrams", "lm"), learning_curve=(0.25,), bootstraps=999),
 )
+ALL = STUDY.attribution.classifiers
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,16 @@ def test_levels_in_general_are_of_all_pairs_from_five_levels_on(finished):
         for name, bounds in (("accuracy", "ci95"), ("ceiling", "ceiling_ci95")):
             assert row[name] == pytest.approx(np.mean([one[name] for one in pairs]))
             assert row[bounds][0] <= row[name] <= row[bounds][1]
+
+
+def test_networks_judge_what_the_answer_rests_on_and_the_others_judge_everything(finished):
+    _, summary = finished
+    of = {
+        kind: {(row["name"], row["checkpoint"]) for row in summary["comparisons"] if row["classifier"] == kind} for kind in ALL
+    }
+    assert of["subwords"] == of["ngrams"] == {(one.name, one.step) for one in comparisons(STUDY)}
+    assert of["lm"] == {(name, step) for name in ("init (pooled)", "null of init0") for step in (0, 8)}
+    assert all(row["telling"] == {} for row in summary["comparisons"] if row["classifier"] == "lm")
 
 
 def test_a_learning_curve_ends_in_the_comparison_itself(finished):

@@ -13,8 +13,8 @@ from test_sample import EOS, LARGE, MODEL, ONE, PLAIN, SMALL, STRATEGIES, drawn,
 from natfp_jax import config, mesh
 from natfp_jax.attribution import Comparison, attribute, ceiling
 from natfp_jax.ceiling import log_likelihoods
-from natfp_jax.classify import featurise
 from natfp_jax.config import Attribution
+from natfp_jax.ladder import prepare
 from natfp_jax.sample import draw_key
 from natfp_jax.strategy import Greedy, TopK
 
@@ -147,10 +147,10 @@ class Ids:
 
 
 def compared(name, texts, labels):
-    """The features of equally many texts of each class, and their comparison; prompt i is of document i."""
+    """A rung over equally many texts of each class, and their comparison; prompt i is of document i."""
     prompts = [str(i) for label in dict.fromkeys(labels) for i in range(labels.count(label))]
-    features = featurise("subwords", [" ".join(map(str, text)) for text in texts], Ids())
-    return features, Comparison(name, np.arange(len(texts)), labels, prompts, prompts)
+    rung = prepare("subwords", [" ".join(map(str, text)) for text in texts], Ids())
+    return rung, Comparison(name, np.arange(len(texts)), labels, prompts, prompts)
 
 
 def arms_of(spread, count=600, arms=2):
@@ -171,10 +171,10 @@ def arms_of(spread, count=600, arms=2):
 @lru_cache
 def verdict(spread, arms=2):
     texts, labels, likelihood_NA = arms_of(spread, arms=arms)
-    features, comparison = compared(f"{spread} {arms}", texts, labels)
+    rung, comparison = compared(f"{spread} {arms}", texts, labels)
     settings = Attribution()
     bound = ceiling(likelihood_NA, list(dict.fromkeys(labels)), comparison, settings)
-    return attribute(features, comparison, settings), bound
+    return attribute(rung, comparison, settings, bound).result, bound
 
 
 @pytest.mark.parametrize(("spread", "arms"), [(0.01, 2), (0.1, 2), (0.3, 2), (0.2, 3)])
@@ -208,8 +208,8 @@ def test_nulls_of_one_model_are_rejected_as_often_as_the_test_claims():
     for pair in range(pairs):
         draws = [drawn(tree, draw_key(0, "arm", 1, PLAIN, 2 * pair + side), prompts, vocabulary=SMALL) for side in range(2)]
         texts = [text for one in draws for text in texts_of(one)]
-        features, comparison = compared(f"null {pair}", texts, ["draw 0"] * count + ["draw 1"] * count)
-        found.append(attribute(features, comparison, settings))
+        rung, comparison = compared(f"null {pair}", texts, ["draw 0"] * count + ["draw 1"] * count)
+        found.append(attribute(rung, comparison, settings).result)
     low, high = binom.interval(0.999, pairs, 0.05)
     assert low <= sum(result.p_value <= 0.05 for result in found) <= high
     accuracies = np.array([result.accuracy for result in found])
