@@ -7,17 +7,18 @@ Letters after an underscore name the axes: N texts, A arms.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 
-from natfp_jax import attribution, config, ladder, rng, stats
+from natfp_jax import attribution, config, grid, ladder, rng, stats
 from natfp_jax.attribution import Ceiling
 from natfp_jax.ladder import READERS, Counted, Rung
-from natfp_jax.study import Comparison, Draw, answers, decisive
+from natfp_jax.next_token import NextTokens
+from natfp_jax.study import Comparison, Draw, Grid, answers, decisive
 from natfp_jax.wording import wording
 from natfp_jax.workspace import Workspace
 
@@ -61,11 +62,15 @@ class Analysis:
         cut = [ids[:length] for table in self.drawn.values() for ids in table["ids"].to_pylist()]
         return self.work.store.tokenizer.decode_batch(cut)
 
-    def made(self, likelihoods: Likelihoods) -> dict[str, Rows]:
+    def made(
+        self, likelihoods: Likelihoods, grids: Sequence[Grid] = (), expected: Sequence[NextTokens] = ()
+    ) -> dict[str, Rows]:
         """Every analysis, by its name in attribution.json.
 
         Args:
           likelihoods: (draw, arm, step) → log-likelihood of the draw's test texts under the arm's checkpoint: [texts, lengths].
+          grids: the study as a crossed grid, at each checkpoint.
+          expected: what the models of each grid expect next.
         """
         told, fractions = decisive(self.work.comparisons), self.settings.learning_curve
         judges = {place: self._judges(one) for place, one in enumerate(self.work.comparisons)}
@@ -91,8 +96,17 @@ class Analysis:
                         curves.append(_point(one, verdict.result, bound))
         for row, p_holm in zip(compared, stats.holm([row["p_value"] for row in compared]), strict=True):
             row["p_holm"] = float(p_holm)
-        levels = by_pair.rows(self.settings)
-        return {"comparisons": compared, "wording": worded, "curves": curves, "levels": levels, "noise": self._noise()}
+        crossed = [self._texts(one) for one in grids]
+        return {
+            **{"comparisons": compared, "wording": worded, "curves": curves, "levels": by_pair.rows(self.settings)},
+            "noise": self._noise(),
+            "apart": grid.apart(crossed, self.settings, self.work.progress),
+            "components": grid.components(crossed, expected, self.settings, self.work.progress),
+        }
+
+    def _texts(self, one: Grid) -> grid.Texts:
+        counted = [rung for rung in self.rungs[one.length].values() if isinstance(rung, Counted)]
+        return grid.Texts(one, counted, {draw: self.first[draw] for draw in one.draws}, list(self.work.prompts.documents))
 
     # --- comparisons ---
 

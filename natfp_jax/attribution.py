@@ -21,7 +21,7 @@ from natfp_jax import config, rng, stats
 from natfp_jax.errors import UserError
 from natfp_jax.ladder import Rung, Task
 
-__all__ = ["Ceiling", "Comparison", "Pooled", "Result", "Verdict", "attribute", "ceiling", "ceiling_scores", "parts"]
+__all__ = ["Ceiling", "Comparison", "Pooled", "Result", "Verdict", "attribute", "ceiling", "ceiling_scores", "parts", "tried"]
 
 LEAST_DOCUMENTS = 2  # of each part: an interval over one document has no width
 LEAST_GROUPS = 20  # that several texts are pooled in: fewer would say nothing
@@ -95,6 +95,18 @@ def parts(documents: Sequence[str], settings: config.Attribution, of: str) -> ND
             f"or attribution.validation_fraction {settings.validation_fraction}"
         )
     return parts_N
+
+
+def tried(
+    documents: Sequence[str], settings: config.Attribution, known_N: NDArray[np.bool_], fraction: float = 1.0
+) -> NDArray[np.bool_]:
+    """Which texts settings are chosen with: those of enough of the documents, where very many texts are known.
+
+    Args:
+      known_N: the training and validation texts.
+      fraction: of the documents that these are of.
+    """
+    return stats.thinned(documents, settings.split_seed, fraction * min(1, TRIED / max(known_N.sum(), 1)))
 
 
 @dataclass(frozen=True)
@@ -197,9 +209,9 @@ def attribute(
     parts_N = comparison.parts(settings)
     test_N = parts_N == "test"
     known_N = ~test_N & stats.thinned(comparison.documents, settings.split_seed, fraction)
-    few = stats.thinned(comparison.documents, settings.split_seed, fraction * min(1, TRIED / max(known_N.sum(), 1)))
     training_N, validation_N = ((parts_N == part) & known_N for part in ("training", "validation"))
-    task = Task(f"comparison {comparison.name}", comparison.rows, labels_N, training_N, validation_N, test_N, tried_N=few)
+    tried_N = tried(comparison.documents, settings, known_N, fraction)
+    task = Task(f"comparison {comparison.name}", comparison.rows, labels_N, training_N, validation_N, test_N, tried_N)
     judged = rung.judge(task, settings)
 
     probabilities_NK, labels_N = judged.probabilities_NK, labels_N[test_N]

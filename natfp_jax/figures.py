@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter
 from natfp_jax.files import whole_file
 from natfp_jax.findings import STEP, Course, Row, titled
 
-__all__ = ["accuracies", "confusion", "courses", "losses", "save"]
+__all__ = ["accuracies", "components", "confusion", "courses", "losses", "save"]
 
 WIDTH = 8.0  # inches: with DPI, what a README shows without shrinking
 DPI = 110
@@ -118,6 +118,35 @@ def _least(found: Mapping[str, Mapping[str, Mapping[str, Course]]], along: str) 
     """The least value above zero that something has."""
     values = [x for panels in found.values() for course in panels.get(along, {}).values() for x in course.x]
     return min((x for x in values if x > 0), default=1)
+
+
+def components(found: Mapping[str, Mapping[str, Course]]) -> Figure:
+    """Components of distances over training.
+
+    Args:
+      found: kind of distance → component → its millibits by training step.
+    """
+    names = list(dict.fromkeys(name for some in found.values() for name in some))
+    figure = Figure(figsize=(WIDTH, 2.6 * len(found) + 0.7), layout="constrained")
+    grid = figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
+    steps = [step for some in found.values() for course in some.values() for step in course.x]
+    for axes, (kind, some) in zip(grid, found.items(), strict=True):
+        for name, course in some.items():
+            place, whole = names.index(name), name == "all"
+            look = {"color": "black" if whole else COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+            axes.plot(course.x, course.y, markersize=4, fillstyle="none" if whole else "full", label=name, **look)
+            axes.fill_between(course.x, course.low, course.high, color=look["color"], alpha=0.15, linewidth=0)
+        axes.axhline(0, color=GREY, linewidth=0.8)  # an estimate of nothing lies on both sides
+        axes.set_title(kind, loc="left", fontsize=10)
+        axes.set_ylabel("millibits")
+        axes.set_xscale("symlog", linthresh=min((step for step in steps if step > 0), default=1))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[-1].set_xlabel(STEP)
+    handle = {label: one for axes in grid for one, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handle.values()), list(handle), loc="outside upper center", ncols=4, frameon=False)
+    return figure
 
 
 def losses(curves: Mapping[str, Sequence[tuple[float, float, bool]]]) -> Figure:

@@ -25,10 +25,13 @@ __all__ = [
     "headline",
     "interval",
     "lines",
+    "millibits",
+    "p_text",
     "percent",
     "share",
     "table",
     "titled",
+    "trajectories",
     "verdicts",
 ]
 
@@ -58,6 +61,7 @@ def share(row: Row) -> str:
 
 
 def p_text(value: float, sign: str = "") -> str:
+    """A p-value, after a sign where it is not below what can be shown."""
     return "< 0.0001" if value < 0.00005 else f"{sign}{value:.4f}"
 
 
@@ -118,6 +122,7 @@ def verdicts(summary: Summary) -> list[str]:
         proof = "the models differ" if low > row["chance"] else "that the models differ is not shown"
         bounds = f"chance {percent(row['chance'])} %, ceiling {interval(row, 'ceiling', 'ceiling_ci95')} %: {proof}"
         said.append(f"{titled(row)} at step {step}: {found}; {bounds}.")
+    said += _apart(summary) + _components(summary)
     return said + _general(summary) + _null(nulls) + _shared(summary) + _impossible(summary) + _powerless(summary)
 
 
@@ -126,6 +131,52 @@ def _finding(row: Row) -> str:
         return f"recognisable by {row['classifier']}, {interval(row)} %, {_both_p(row)}"
     most = f"at most {percent(row['ci95'][1])} %"
     return f"not shown at this power by {row['classifier']}, {percent(row['accuracy'])} %, {most}, {_both_p(row)}"
+
+
+def _apart(summary: Summary) -> list[str]:
+    """Of each factor at each checkpoint, whether it is recognised whatever the levels of the others."""
+    found: dict[tuple[int, str], list[Row]] = {}
+    for row in summary["apart"]:
+        found.setdefault((row["checkpoint"], row["factor"]), []).append(row)
+    said = []
+    for (step, factor), rows in found.items():
+        row, parts = rows[0], []
+        for one in rows:
+            held, own = interval(one), interval(one, "within_accuracy", "within_ci95")
+            p = f"p {p_text(one['p_value'], '= ')}, Holm {p_text(one['p_holm'])}"
+            parts.append(f"{held} % by {one['classifier']} in runs held out, {own} % in the runs learnt from, {p}")
+        least = f"the least p that relabelling its {row['levels']} x {row['strata']} runs can give is {p_text(row['least_p'])}"
+        if row["least_p"] >= SIGNIFICANT:
+            least += ", so nothing is shown by it: more levels are needed, 4 x 4 are enough"
+        said.append(
+            f"{titled(row, factor)} apart from the other factors at step {step}: {'; '.join(parts)}; chance "
+            f"{percent(row['chance'])} %; {least}."
+        )
+    return said
+
+
+def _components(summary: Summary) -> list[str]:
+    """Of each checkpoint and kind of distance, what the distance of two models consists of."""
+    found: dict[tuple[int, str], dict[str, Row]] = {}
+    for row in summary["components"]:
+        found.setdefault((row["checkpoint"], row["distance"]), {})[row["component"]] = row
+    said = []
+    for (step, kind), rows in found.items():
+        whole = rows["all"]
+        parts = [f"{name} {share(row)} %" for name, row in rows.items() if name != "all" and row["share"] is not None]
+        of = f", of which {', '.join(parts)}" if parts else ", which is not sure to be above zero: it has no shares"
+        said.append(
+            f"{titled(whole, f'Distance by {kind}')} at step {step} of two models that differ in every factor: "
+            f"{millibits(whole)} millibits{of}."
+        )
+    return said
+
+
+def millibits(row: Row) -> str:
+    """A component of a distance with its bounds, in thousandths of a bit."""
+    # Divergences are differences of entropies: what is below a millionth of a millibit is rounding. Zero has no sign.
+    value, low, high = (f"{round(1000 * bits, 6) + 0.0:.3g}" for bits in (row["bits"], *row["ci95"]))
+    return f"{value} [{low}, {high}]"
 
 
 def _general(summary: Summary) -> list[str]:
@@ -206,7 +257,19 @@ def coverage(summary: Summary) -> list[str]:
         "and for the ceiling, and the interval resamples groups.",
         "Accuracies of comparisons with different numbers of classes are not comparable; AUC (mean over pairs of classes) and "
         "bits per text (log2 of the classes less the log-loss; negative where the classifier is worse than a guess) are.",
+        *([_APART, _COMPONENTS] if summary["apart"] else []),
     ]
+
+
+_APART = (
+    "A factor apart: the classifier was shown neither the runs that it is asked about nor their documents. The p-value "
+    "exchanges the labels of the runs within every combination of the other factors, so it is over runs, which that of a "
+    "comparison is not; its Holm is over the rows of that table. The intervals are of these runs."
+)
+_COMPONENTS = (
+    "Components of distances are unbiased and not clipped: one of nothing is below zero as often as above. Their intervals "
+    "resample documents, so they cover the texts and not other levels; chaos is of the twins that there are, not of every cell."
+)
 
 
 def confused(summary: Summary) -> list[Row]:
@@ -270,6 +333,22 @@ def courses(summary: Summary) -> dict[str, dict[str, dict[str, Course]]]:
         course = Course(x, [some[at][0] for at in x], *([some[at][1][side] for at in x] for side in (0, 1)))
         courses.setdefault(name, {}).setdefault(along, {})[kind] = course
     return courses
+
+
+def trajectories(summary: Summary) -> dict[str, dict[str, Course]]:
+    """Kind of distance → component → its millibits by training step, where there is more than one."""
+    points: dict[str, dict[str, list[Row]]] = {}
+    for row in summary["components"]:
+        points.setdefault(row["distance"], {}).setdefault(row["component"], []).append(row)
+    if len({row["checkpoint"] for row in summary["components"]}) < 2:
+        return {}
+
+    def course(rows: list[Row]) -> Course:
+        rows = sorted(rows, key=lambda row: row["checkpoint"])
+        bits = [[1000 * value for value in (row["bits"], *row["ci95"])] for row in rows]
+        return Course([row["checkpoint"] for row in rows], *([one[side] for one in bits] for side in range(3)))
+
+    return {kind: {name: course(rows) for name, rows in some.items()} for kind, some in points.items()}
 
 
 class Line(NamedTuple):

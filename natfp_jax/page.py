@@ -14,9 +14,12 @@ from natfp_jax.findings import (
     decisive,
     headline,
     interval,
+    millibits,
+    p_text,
     percent,
     share,
     titled,
+    trajectories,
     verdicts,
 )
 
@@ -131,6 +134,51 @@ def _stage_grid(summary: Summary) -> str:
     return _grid(["stage", "seconds", "amount", "rate"], rows, words=1)
 
 
+def _apart_grid(summary: Summary) -> str:
+    header = ["factor", "classifier", "step", "runs", "held-out runs % [95 %]", "from one stratum", "within a stratum"]
+    rows = [
+        [
+            *(titled(row, row["factor"]), row["classifier"], str(row["checkpoint"]), f"{row['levels']} x {row['strata']}"),
+            *(interval(row), interval(row, "one_accuracy", "one_ci95"), interval(row, "within_accuracy", "within_ci95")),
+            *(percent(row["chance"]), p_text(row["p_value"]), p_text(row["p_holm"]), p_text(row["least_p"])),
+            *(str(row["training_texts"]), str(row["test_texts"])),
+        ]
+        for row in summary["apart"]
+    ]
+    return _grid([*header, "chance %", "p", "p Holm", "least p", "training texts", "test texts"], rows, words=2)
+
+
+def _component_grid(summary: Summary) -> str:
+    rows = [
+        [titled(row, row["distance"]), row["component"], str(row["checkpoint"]), millibits(row), share(row)]
+        for row in summary["components"]
+    ]
+    return _grid(["distance", "component", "step", "millibits [95 %]", "share of all % [95 %]"], rows, words=2)
+
+
+def _apart(summary: Summary) -> list[str]:
+    """What is said of a crossed grid."""
+    if not summary["apart"]:
+        return []
+    drawn = ["![components of the distances by training step](components.png)", "*Bands are 95 % intervals over documents.*"]
+    return [
+        "## The factors apart",
+        "Each factor's levels, recognised in runs that the classifier was not shown. A *stratum* is a combination of the other "
+        "factors: the classifier learns from the runs of all strata but one, and is asked about that one's, in other "
+        "documents. *From one stratum*: it learns from one alone, and p is of that. *Within a stratum*: it is asked about runs "
+        "that it learnt from; what these have beyond the held-out ones is of these runs alone. p exchanges the labels of runs "
+        "within strata; *least p* is as far as it can go with so many runs.",
+        _apart_grid(summary),
+        "How far apart two models are that differ in every factor (*all*; Jensen-Shannon divergence), and what each factor "
+        "adds to that. *Interaction*: what is of a combination of levels alone; *chaos*: what a twin has too, from a change in "
+        "the last place of one weight. By subwords and words: frequencies in the texts, freed from *sampling noise*, which "
+        "stands beside them for half of an arm's texts; the *null*, two draws of one model, must be about zero. By next token: "
+        "what the models expect after a prompt, exactly, at temperature 1 and without truncation.",
+        _component_grid(summary),
+        *(drawn if trajectories(summary) else []),
+    ]
+
+
 def markdown(summary: Summary) -> str:
     """The page report.md."""
     corpus, rows = summary["corpus"], confused(summary)
@@ -161,6 +209,7 @@ def markdown(summary: Summary) -> str:
         *([_learning_grid(summary)] if summary["curves"] else []),
         "## Several texts of one model in one decision",
         _pooled_grid(summary),
+        *_apart(summary),
         f"## Who is taken for whom: {scene}",
         *(f"![confusion matrix, {row['classifier']}](confusion-{row['classifier']}.png)" for row in rows),
         "The pieces that speak most for each source, strongest first:",

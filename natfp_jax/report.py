@@ -9,7 +9,7 @@ from typing import Any
 
 from natfp_jax import __version__, config, files, texts
 from natfp_jax.errors import Damaged, UserError
-from natfp_jax.findings import Row, Summary, confused, courses, lines
+from natfp_jax.findings import Row, Summary, confused, courses, lines, trajectories
 from natfp_jax.page import markdown
 from natfp_jax.runs import metrics
 from natfp_jax.study import lacking
@@ -17,7 +17,8 @@ from natfp_jax.workspace import Workspace
 
 __all__ = ["report", "summarise"]
 
-ANALYSES = ("comparisons", "wording", "curves", "levels", "noise")  # of attribution.json, as they stand there
+# Of attribution.json, as they stand there.
+ANALYSES = ("comparisons", "wording", "curves", "levels", "noise", "apart", "components")
 
 
 def summarise(work: Workspace) -> Summary:
@@ -127,6 +128,8 @@ def report(work: Workspace) -> Summary:
     folder = work.folder / "report"
     rows = confused(summary)
     names = ["accuracies.png", "courses.png", "losses.png", *(f"confusion-{row['classifier']}.png" for row in rows)]
+    trends = trajectories(summary)
+    names += ["components.png"] if trends else []
     names.append("report.md")
     path = folder / "summary.json"
     if path.exists() and (written := files.read_remade(path)).get("inputs") == summary["inputs"]:
@@ -146,6 +149,7 @@ def report(work: Workspace) -> Summary:
         figures.courses(courses(summary)),
         figures.losses(_curves(work, summary)),
         *map(figures.confusion, rows),
+        *([figures.components(trends)] if trends else []),
     ]
     for name, figure in zip(names[:-1], drawings, strict=True):
         figures.save(figure, folder / name)

@@ -21,17 +21,18 @@ from natfp_jax.drawing import sample
 from natfp_jax.errors import Failed, UserError
 from natfp_jax.lock import alone
 from natfp_jax.member import Member
+from natfp_jax.next_token import next_tokens
 from natfp_jax.progress import Progress
 from natfp_jax.runs import damaged_lines
 from natfp_jax.stopping import Stop
 from natfp_jax.strategy import strategy_of
-from natfp_jax.study import Arm, draws
+from natfp_jax.study import Arm, draws, grids
 from natfp_jax.train import check, train
 from natfp_jax.workspace import Workspace, write_if_new
 
 __all__ = ["Work"]
 
-_RECIPE = 2  # raised when a change of the code attributes the same texts otherwise
+_RECIPE = 3  # raised when a change of the code attributes the same texts otherwise
 
 
 class Work(Workspace):
@@ -186,10 +187,12 @@ class Work(Workspace):
         with self.timed("attribute"):
             drawn = {one: texts.read_all(self.draw_paths(one)) for one in wanted}
             likelihoods = scoring.likelihoods(self, drawn, self.test_rows)
+            crossed = grids(self.study)
+            expected = next_tokens(self, crossed, self.test_rows)
 
             def write() -> None:
                 analysis = Analysis(self, drawn, self.test_rows)
-                files.write_json(path, {"inputs": inputs, **analysis.made(likelihoods)})
+                files.write_json(path, {"inputs": inputs, **analysis.made(likelihoods, crossed, expected)})
                 for kind, (seconds, count) in analysis.costs.items():
                     self.spent(f"attribute by {kind}", seconds, {"texts": count})
 

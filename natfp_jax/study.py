@@ -13,7 +13,7 @@ from natfp_jax.config import Experiment, Factor, Sampling, Study, replace, to_js
 from natfp_jax.errors import UserError
 from natfp_jax.files import canonical_json, hash_json
 
-__all__ = ["Arm", "Comparison", "Draw", "answers", "arms", "comparisons", "decisive", "draws", "lacking"]
+__all__ = ["Arm", "Comparison", "Draw", "Grid", "answers", "arms", "comparisons", "decisive", "draws", "grids", "lacking"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,29 @@ class Comparison:
     def draws(self) -> list[Draw]:
         """All draws, in the order of the classes."""
         return [draw for pooled in self.classes.values() for draw in pooled]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The draws of a crossed grid of two or more factors at one checkpoint."""
+
+    factors: tuple[str, ...]
+    step: int
+    length: int  # tokens of each text, at most
+    setting: str  # as of a comparison
+    cells: dict[tuple[str, ...], Draw]  # levels → the arm's draw
+    twins: tuple[tuple[tuple[str, ...], Draw], ...]  # with the levels of the cells that they are twins of
+    again: tuple[tuple[str, ...], Draw]  # the second draw of the null
+
+    @property
+    def models(self) -> list[Draw]:
+        """A draw of every model: cells, then twins."""
+        return [*self.cells.values(), *(twin for _, twin in self.twins)]
+
+    @property
+    def draws(self) -> list[Draw]:
+        """All draws: cells, then twins, then the second draw of the null."""
+        return [*self.models, self.again[1]]
 
 
 def _label(value: Any) -> str:
@@ -193,6 +216,28 @@ def comparisons(study: Study) -> list[Comparison]:
     # Arms of fewer steps may have one checkpoint for two near fractions: the same draws are compared once.
     distinct = {(comparison.length, *comparison.classes.items()): comparison for comparison in reversed(found)}
     return list(reversed(distinct.values()))
+
+
+def grids(study: Study) -> list[Grid]:
+    """The grid at each sampled checkpoint, at the last temperature and length; none where no two factors are crossed."""
+    if study.design != "crossed" or len(study.factors) < 2:
+        return []
+    all_arms = arms(study)
+    base, (warmth, length, setting) = all_arms[0], _settings(study)[-1]
+    found: dict[tuple[Draw, ...], Grid] = {}
+    for step in _steps(study, all_arms):
+        drawn = {arm.id: Draw(arm.id, step[arm.id], 0, warmth) for arm in all_arms}
+        grid = Grid(
+            factors=tuple(factor.name for factor in study.factors),
+            step=step[base.id],
+            length=length,
+            setting=setting,
+            cells={arm.levels: drawn[arm.id] for arm in all_arms if not arm.twin},
+            twins=tuple((arm.levels, drawn[arm.id]) for arm in all_arms if arm.twin),
+            again=(base.levels, drawn[base.id]._replace(number=1)),
+        )
+        found.setdefault(tuple(grid.draws), grid)  # two near fractions may be one step
+    return list(found.values())
 
 
 def answers(every: list[Comparison]) -> list[Comparison]:

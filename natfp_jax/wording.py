@@ -23,7 +23,7 @@ from natfp_jax.attribution import Comparison
 from natfp_jax.classify import Features
 from natfp_jax.examples import Example, Examples
 
-__all__ = ["STABLE", "Word", "Wording", "log_odds", "wording"]
+__all__ = ["LEAST_DOCUMENTS", "STABLE", "Word", "Wording", "by_document", "log_odds", "spread", "wording"]
 
 PRIOR = 0.02  # of the pieces of an average class: two classes of a size are pulled together by 2 %
 LEAST_DOCUMENTS = 10  # that a piece occurs in: resampling fewer says little of an error
@@ -151,7 +151,7 @@ def _contrast(uses_DKV: sparse.csr_array, classes: int, prior_V: Counts, random:
     return _Contrast(ratio_KV, counted_KV, np.maximum(counted_KV, spread_KV), resampled_BKV)
 
 
-def _by_document(
+def by_document(
     counts_NV: sparse.csr_array, looked_V: NDArray[np.integer], labels_N: NDArray[np.integer], documents_N: NDArray[np.str_]
 ) -> sparse.csr_array:
     """The uses of the given pieces, and of all others together, in each document: documents x (classes x pieces)."""
@@ -183,7 +183,7 @@ def wording(features: Features, comparison: Comparison, settings: config.Attribu
     labels_N = np.unique(np.asarray(comparison.labels), return_inverse=True)[1]
     documents_N, counts_NV = np.asarray(comparison.documents), features.counts_NV[comparison.rows]
     test_N = comparison.parts(settings) == "test"
-    spread_V = _spread(counts_NV[~test_N], documents_N[~test_N])
+    spread_V = spread(counts_NV[~test_N], documents_N[~test_N])
     used_V = counts_NV[~test_N].sum(axis=0)
     # A piece that all texts consist of has no odds.
     looked_V = np.flatnonzero((spread_V >= LEAST_DOCUMENTS) & (used_V < used_V.sum()))
@@ -192,7 +192,7 @@ def wording(features: Features, comparison: Comparison, settings: config.Attribu
         return Wording(features.kind, 0, 0, 0.0, 0, [])
 
     known_DKV, held_DKV = (
-        _by_document(counts_NV[part_N], looked_V, labels_N[part_N], documents_N[part_N]) for part_N in (~test_N, test_N)
+        by_document(counts_NV[part_N], looked_V, labels_N[part_N], documents_N[part_N]) for part_N in (~test_N, test_N)
     )
     uses_KV = known_DKV.sum(axis=0).reshape(K, -1)
     # Nothing may be left for the last column, of which no result is kept; but zero has no logarithm.
@@ -251,7 +251,7 @@ def wording(features: Features, comparison: Comparison, settings: config.Attribu
     )
 
 
-def _spread(counts_NV: sparse.csr_array, documents_N: NDArray[np.str_]) -> NDArray[np.integer]:
+def spread(counts_NV: sparse.csr_array, documents_N: NDArray[np.str_]) -> NDArray[np.integer]:
     """How many documents each piece occurs in."""
     document_N = np.unique(documents_N, return_inverse=True)[1]
     of_N = (np.ones(len(document_N)), (document_N, np.arange(len(document_N))))

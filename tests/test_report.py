@@ -134,6 +134,8 @@ def summary_of(study=SMALL, change=None, **fields):
         "noise": [],
         "curves": [],
         "levels": [],
+        "apart": [],
+        "components": [],
         "wording": [
             worded(one, classifier) for one in decisive(comparisons(study)) for classifier in study.attribution.classifiers
         ],
@@ -156,6 +158,8 @@ FIELDS = {
     "noise": list,
     "curves": list,
     "levels": list,
+    "apart": list,
+    "components": list,
     "wording": list,
     "arms": list,
     "stages": dict,
