@@ -132,14 +132,17 @@ def components(found: Mapping[str, Mapping[str, Course]]) -> Figure:
     steps = [step for some in found.values() for course in some.values() for step in course.x]
     for axes, (kind, some) in zip(grid, found.items(), strict=True):
         for name, course in some.items():
-            place, whole = names.index(name), name == "all"
-            look = {"color": "black" if whole else COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-            axes.plot(course.x, course.y, markersize=4, fillstyle="none" if whole else "full", label=name, **look)
-            axes.fill_between(course.x, course.low, course.high, color=look["color"], alpha=0.15, linewidth=0)
+            place = names.index(name)
+            colour = {"all": "black", "sampling noise": GREY}.get(name, COLOURS[place % len(COLOURS)])
+            look = {"color": colour, "marker": MARKERS[place % len(MARKERS)], "fillstyle": "none" if name == "all" else "full"}
+            axes.plot(course.x, course.y, markersize=4, label=name, **look)
+            axes.fill_between(course.x, course.low, course.high, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(0, color=GREY, linewidth=0.8)  # an estimate of nothing lies on both sides
         axes.set_title(kind, loc="left", fontsize=10)
         axes.set_ylabel("millibits")
         axes.set_xscale("symlog", linthresh=min((step for step in steps if step > 0), default=1))
+        axes.set_xticks(sorted(set(steps)))
+        axes.set_xticks([], minor=True)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

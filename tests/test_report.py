@@ -738,3 +738,30 @@ def test_status_says_what_it_expected(tree, tmp_path):
 def test_status_does_not_wait_for_jax():
     code = "import sys, natfp_jax.status; assert not {'jax', 'numpy', 'orbax', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- the factors apart ------------------------------------------------------------------------------------------------
+
+
+def test_with_runs_enough_the_verdict_is_over_runs_and_their_test_is_not_called_powerless():
+    known = {"factor": "init", "checkpoint": 200, "setting": "", "classifier": "subwords", "levels": 4, "strata": 4}
+    shown = {"accuracy": 0.4, "ci95": [0.38, 0.42], "one_accuracy": 0.35, "one_ci95": [0.33, 0.37], "chance": 0.25}
+    within = {"within_accuracy": 0.5, "within_ci95": [0.48, 0.52], "training_texts": 9600, "test_texts": 12_800}
+    test = {"p_value": 1 / 13_824, "least_p": 1 / 13_824, "p_holm": 0.0004, "relabellings": 13_824, "exact": True}
+    part = {"checkpoint": 200, "setting": "", "distance": "words", "bits": 0.0123, "ci95": [-0.001, 0.02]}
+    parts = [
+        {**part, "component": "init", "share": 0.5, "share_ci95": [0.25, 0.75]},
+        {**part, "component": "all", "share": 1.0, "share_ci95": [1.0, 1.0]},
+        {**part, "component": "null", "bits": -1e-12, "share": None, "share_ci95": None},
+    ]
+    made = summary_of(LARGE, apart=[{**known, **shown, **within, **test}], components=parts)
+    (said,) = (line for line in findings.verdicts(made) if "apart from" in line)
+    assert "40.0 [38.0, 42.0] % by subwords in runs held out" in said
+    assert "p = 0.0001, Holm 0.0004" in said
+    assert "nothing is shown" not in said
+    (said,) = (line for line in findings.verdicts(made) if "Distance by words" in line)
+    assert said.endswith("12.3 [-1, 20] millibits, of which init 50.0 [25.0, 75.0] %.")
+    page = markdown(made)
+    assert "| init | subwords | 200 | 4 x 4 | 40.0 [38.0, 42.0] |" in page
+    assert "| words | null | 200 | 0 [-1, 20] | – |" in page
+    assert "components.png" not in page  # at one checkpoint there is nothing to draw
