@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from natfp_jax.config import Sampling
 from natfp_jax.corpus import Store
-from natfp_jax.datasets.text_folder import jsonl, lines, text_of, whole
 from natfp_jax.errors import UserError
+from natfp_jax.records import TOGETHER, lines, rows, text_of, whole
 from natfp_jax.tokenizer import Tokenizer
 
 __all__ = ["Prompts", "prompts_of"]
 
 _SCHEMA = pa.schema({"id": pa.uint64(), "document": pa.string(), "text": pa.string()})
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
-_TOGETHER = 10_000  # rows that are read, hashed or encoded at once
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Prompts:
     def sha256(self) -> str:
         """Over id, document and text of all, in order."""
         digest = hashlib.sha256()
-        for batch in self.table.to_batches(max_chunksize=_TOGETHER):
+        for batch in self.table.to_batches(max_chunksize=TOGETHER):
             for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 digest.update(repr(row).encode())
         return digest.hexdigest()
@@ -75,8 +73,8 @@ class Prompts:
           UserError: one is longer than what the model has been trained on.
         """
         longest = 0
-        for first in range(0, len(self), _TOGETHER):
-            some = self.part(first, _TOGETHER)
+        for first in range(0, len(self), TOGETHER):
+            some = self.part(first, TOGETHER)
             for place, ids in enumerate(some.encoded(tokenizer)):
                 if len(ids) > context:
                     text = some.texts[place]
@@ -129,30 +127,11 @@ def _read(path: Path, key: str) -> Iterator[tuple[str, str | None]]:
             for text in lines(path):
                 if text.strip():  # an empty line stands between prompts
                     yield text.rstrip("\r\n"), None
-        case ".jsonl":
-            for number, record in jsonl(path):
-                yield _prompt(record, key, f"{path}, line {number}")
-        case ".parquet":
-            yield from _parquet(path, key)
+        case ".jsonl" | ".parquet":
+            for where, record in rows(path, {key: "sampling.prompt_key"}, ["document_id"]):
+                yield _prompt(record, key, where)
         case _:
             raise UserError(f"sampling.prompt_file {path} ends in none of {', '.join(_SUFFIXES)}: rename or convert it")
-
-
-def _parquet(path: Path, key: str) -> Iterator[tuple[str, str | None]]:
-    try:
-        file = pq.ParquetFile(path)
-        columns = [name for name in (key, "document_id") if name in file.schema_arrow.names]
-        if key not in columns:
-            raise UserError(
-                f"{path} has no column {key!r}, its columns are {', '.join(file.schema_arrow.names)}: set sampling.prompt_key"
-            )
-        number = 0
-        for batch in file.iter_batches(_TOGETHER, columns=columns):
-            for record in batch.to_pylist():
-                number += 1
-                yield _prompt(record, key, f"{path}, row {number}")
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}): give a whole Parquet file") from None
 
 
 def _prompt(record: Any, key: str, where: str) -> tuple[str, str | None]:
