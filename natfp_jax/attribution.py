@@ -21,7 +21,19 @@ from natfp_jax import config, rng, stats
 from natfp_jax.errors import UserError
 from natfp_jax.ladder import Rung, Task
 
-__all__ = ["Ceiling", "Comparison", "Pooled", "Result", "Verdict", "attribute", "ceiling", "ceiling_scores", "parts", "tried"]
+__all__ = [
+    "Ceiling",
+    "Comparison",
+    "Pooled",
+    "Result",
+    "Verdict",
+    "attribute",
+    "ceiling",
+    "ceiling_scores",
+    "parts",
+    "task",
+    "tried",
+]
 
 LEAST_DOCUMENTS = 2  # of each part: an interval over one document has no width
 LEAST_GROUPS = 20  # that several texts are pooled in: fewer would say nothing
@@ -39,6 +51,8 @@ class Comparison:
       prompts: the prompt of each text.
       documents: the document that the prompt of each text comes from.
       sources: what drew each text, where a class pools several; left out: its class.
+      whole: the texts of one class at a prompt are one document, of which there is no other at the prompt: their labels are
+        permuted together.
 
     Raises:
       ValueError: lengths differ, there are fewer than two classes, a prompt is of two documents, or the classes do not have
@@ -51,6 +65,7 @@ class Comparison:
     prompts: Sequence[str]
     documents: Sequence[str]
     sources: Sequence[str] | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         lengths = {len(self.rows), len(self.labels), len(self.prompts), len(self.documents)}
@@ -178,13 +193,32 @@ class Ceiling:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """A result, and the test texts that it is made from."""
+    """A result, the test texts that it is made from, and the classifier from texts to numbers of classes."""
 
     result: Result
     correct_N: NDArray[np.bool_]
     labels_N: NDArray[np.integer]
     prompts_N: NDArray[np.str_]
     documents_N: NDArray[np.str_]
+    classifier: Any
+
+
+def task(comparison: Comparison, settings: config.Attribution, fraction: float = 1.0) -> Task:
+    """What each text of a comparison is for.
+
+    Args:
+      fraction: of the training and validation documents that are used; the test texts are the same whatever it is.
+
+    Raises:
+      UserError: a part has too few documents.
+    """
+    labels_N = np.unique(np.asarray(comparison.labels), return_inverse=True)[1]
+    parts_N = comparison.parts(settings)
+    test_N = parts_N == "test"
+    known_N = ~test_N & stats.thinned(comparison.documents, settings.split_seed, fraction)
+    training_N, validation_N = ((parts_N == part) & known_N for part in ("training", "validation"))
+    tried_N = tried(comparison.documents, settings, known_N, fraction)
+    return Task(f"comparison {comparison.name}", comparison.rows, labels_N, training_N, validation_N, test_N, tried_N)
 
 
 def attribute(
@@ -205,16 +239,10 @@ def attribute(
     Raises:
       UserError: a part has too few documents, or the texts to train on are all empty.
     """
-    labels_N = np.unique(np.asarray(comparison.labels), return_inverse=True)[1]
-    parts_N = comparison.parts(settings)
-    test_N = parts_N == "test"
-    known_N = ~test_N & stats.thinned(comparison.documents, settings.split_seed, fraction)
-    training_N, validation_N = ((parts_N == part) & known_N for part in ("training", "validation"))
-    tried_N = tried(comparison.documents, settings, known_N, fraction)
-    task = Task(f"comparison {comparison.name}", comparison.rows, labels_N, training_N, validation_N, test_N, tried_N)
-    judged = rung.judge(task, settings)
+    asked = task(comparison, settings, fraction)
+    judged, test_N = rung.judge(asked, settings), asked.test_N
 
-    probabilities_NK, labels_N = judged.probabilities_NK, labels_N[test_N]
+    probabilities_NK, labels_N = judged.probabilities_NK, asked.labels_N[test_N]
     predicted_N = probabilities_NK.argmax(axis=1)
     prompts_N, documents_N = np.asarray(comparison.prompts)[test_N], np.asarray(comparison.documents)[test_N]
     correct_N = predicted_N == labels_N
@@ -223,6 +251,7 @@ def attribute(
         return rng.generator(settings.split_seed, "attribution", comparison.name, rung.kind, purpose)
 
     classes, chance = comparison.classes, 1 / len(comparison.classes)
+    permuted = stats.whole_permutation_p if comparison.whole else stats.permutation_p
     share = None
     if bound is not None:
         share = stats.share_interval(correct_N, bound.scores_N, chance, documents_N, random("share"), settings.bootstraps)
@@ -238,7 +267,7 @@ def attribute(
         accuracy=float(correct_N.mean()),
         chance=chance,
         ci95=stats.bootstrap_interval(correct_N, documents_N, random("bootstrap"), settings.bootstraps),
-        p_value=stats.permutation_p(predicted_N, labels_N, prompts_N, random("permutation"), settings.permutations),
+        p_value=permuted(predicted_N, labels_N, prompts_N, random("permutation"), settings.permutations),
         sign_p=stats.sign_p(correct_N, labels_N, prompts_N),
         auc=stats.pairwise_auc(probabilities_NK, labels_N),
         auc_ci95=stats.auc_interval(probabilities_NK, labels_N, documents_N, random("auc"), settings.bootstraps),
@@ -248,14 +277,14 @@ def attribute(
         else None,
         share_ci95=share,
         pooled=_pooled(log_NK, labels_N, test_N, comparison, settings, hits, random),
-        training_texts=int(known_N.sum()),
+        training_texts=int((asked.training_N | asked.validation_N).sum()),
         test_texts=len(labels_N),
         test_prompts=len(np.unique(prompts_N)),
         chosen=judged.chosen,
         confusion=confusion_matrix(labels_N, predicted_N, labels=range(len(classes))).tolist(),
         telling=dict(zip(classes, judged.telling, strict=True)) if judged.telling else {},
     )
-    return Verdict(result, correct_N, labels_N, prompts_N, documents_N)
+    return Verdict(result, correct_N, labels_N, prompts_N, documents_N, judged.classifier)
 
 
 def _pooled(

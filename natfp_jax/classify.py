@@ -40,6 +40,7 @@ __all__ = [
     "candidates",
     "choose",
     "chosen",
+    "counting",
     "featurise",
     "linear",
     "pipeline",
@@ -144,6 +145,21 @@ def bag(kind: Bag, tokenizer: Tokenizer) -> Any:
     if kind == "words":
         return CountVectorizer(token_pattern=WORD, lowercase=False, dtype=np.float64)
     return HashingVectorizer(analyzer=partial(_runs, tokenizer), n_features=COLUMNS, alternate_sign=False, norm=None)
+
+
+def counting(kind: Bag, tokenizer: Tokenizer, pieces_V: NDArray[Any] | None = None) -> Any:
+    """A `bag` that counts known pieces without being fitted.
+
+    Args:
+      pieces_V: the ids of subwords in rising order, or the words; of runs none are needed.
+    """
+    if kind == "subwords":
+        counter = Subwords(tokenizer)
+        counter.vocabulary_ = np.asarray(pieces_V)
+        return counter
+    if kind == "words":
+        return bag(kind, tokenizer).set_params(vocabulary=list(pieces_V if pieces_V is not None else ()))
+    return bag(kind, tokenizer)
 
 
 def shown(ids: list[int], tokenizer: Tokenizer) -> str:
@@ -255,6 +271,21 @@ class Features:
             return [str(name) for name in self._names_V[columns]]
         return [self._run(int(column)) for column in columns]
 
+    def whole(self, fitted: Pipeline, used_V: NDArray[np.integer]) -> Pipeline:
+        """The classifier from texts to classes, with the probabilities of `fitted`.
+
+        Args:
+          fitted: one of `candidates`, fitted on some rows of `counts_NV`.
+          used_V: the columns that it was fitted on.
+        """
+        if self.kind == "subwords":
+            counter = counting(self.kind, self.tokenizer, self.counter.vocabulary_[used_V])
+        elif self.kind == "words":
+            counter = counting(self.kind, self.tokenizer, self._names_V[used_V])
+        else:
+            counter = counting(self.kind, self.tokenizer)
+        return Pipeline([("counts", counter), *fitted.steps])
+
     @property
     def _names_V(self) -> NDArray[np.object_]:
         names: NDArray[np.object_] = self.counter.get_feature_names_out()
@@ -280,6 +311,7 @@ def featurise(kind: Bag, texts: Sequence[str], tokenizer: Tokenizer) -> Features
     counter = bag(kind, tokenizer)
     try:
         counts_NV = sparse.csr_array(counter.fit_transform(texts))
+        counts_NV.sort_indices()  # as in the rows of new texts: sums have one order, and so the same last bits
         if not counts_NV.nnz:
             raise ValueError("empty vocabulary")
     except ValueError as error:

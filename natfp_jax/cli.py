@@ -19,7 +19,7 @@ from typing import IO, Annotated, Any
 import tyro
 from rich.console import Console
 
-from natfp_jax.config import Study, load_study, override
+from natfp_jax.config import Attribution, Study, load_study, override, replace
 from natfp_jax.errors import Damaged, Stopped, UserError
 from natfp_jax.files import set_aside, write_json
 from natfp_jax.launcher import detect
@@ -28,7 +28,8 @@ from natfp_jax.stopping import STOPPED, Stop
 
 __all__ = ["main"]
 
-StudyFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STUDY", help="a study, such as configs/quickstart.py")]
+_STUDY = tyro.conf.arg(metavar="STUDY", help="a study, such as configs/quickstart.py")
+StudyFile = Annotated[tyro.conf.Positional[Path], _STUDY]
 Overrides = Annotated[
     tyro.conf.Positional[tuple[str, ...]],
     tyro.conf.arg(
@@ -38,6 +39,7 @@ Overrides = Annotated[
 ]
 _OUT = Path("out")
 _OF_A_STUDY = ("run", "train", "sample", "attribute", "report")  # the verbs that take overrides
+_OF_A_PATH = ("--out", "--texts", "--save", "--json", "--tokenizer", "--others")  # their values may have the sign in them
 FALSE = 1  # exit code: an audit found something that is not so
 _UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
@@ -179,9 +181,124 @@ def sample(study: StudyFile, overrides: Overrides = (), /, how: Options = How())
     _perform(study, overrides, how, "sample")
 
 
-def attribute(study: StudyFile, overrides: Overrides = (), /, how: Options = How()) -> None:
-    """Trains classifiers to name the source of each text, beside the likelihood ceiling."""
-    _perform(study, overrides, how, "attribute")
+@dataclass(frozen=True)
+class Texts:
+    """Texts from elsewhere, in place of a study."""
+
+    texts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """In place of STUDY: a .parquet, .jsonl or .csv file of texts and their labels, whatever models they are of."""
+    save: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where each classifier is stored for `natfp predict`, in a folder of its name."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Where the results are written too."""
+    classifiers: tuple[str, ...] = Attribution().classifiers
+    """Rungs of the ladder."""
+    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A tokenizer.json; left out: one is trained on the texts to learn from."""
+    split_seed: int = 0
+    """Decides which documents are for training, validation and test."""
+    others: Annotated[str | None, tyro.conf.arg(metavar="LABEL")] = None
+    """Texts with this label are no class: a stored classifier learns from them when to say "none of these"."""
+    text_key: str = "text"
+    """The column of the texts."""
+    label_key: str = "label"
+    """The column of the labels."""
+    prompt_key: str = "prompt"
+    """The column of what each text continues, if there is one; '' for none."""
+    document_key: str = "document_id"
+    """The column of the document that a prompt or text is of, if there is one; '' for none."""
+
+
+def attribute(
+    study: Annotated[tyro.conf.Positional[Path | None], _STUDY] = None,
+    overrides: Overrides = (),
+    /,
+    how: Options = How(),
+    outside: Annotated[Texts, tyro.conf.arg(name="")] = Texts(),
+) -> None:
+    """Trains classifiers to name the source of each text: of a study, beside the likelihood ceiling, or of a file.
+
+    Example: natfp attribute --texts answers.csv --label-key model --save classifiers
+    """
+    if (study is None) == (outside.texts is None):
+        got = "neither" if study is None else f"STUDY {study} and --texts {outside.texts}"
+        raise UserError(f"got {got}, expected one: give a study, such as configs/quickstart.py, or --texts FILE")
+    if study is not None:
+        if outside != Texts():
+            raise UserError("options of --texts were given with a STUDY: give --texts FILE in its place, or leave them out")
+        _perform(study, overrides, how, "attribute")
+        return
+    if how != How():
+        raise UserError("options of a STUDY were given with --texts: leave them out")
+    _elsewhere(outside)
+
+
+def _elsewhere(outside: Texts) -> None:
+    settings = Attribution()
+    for name, value in {"classifiers": outside.classifiers, "split_seed": outside.split_seed}.items():
+        settings = replace(settings, name, value)
+    assert outside.texts is not None
+    from natfp_jax.elsewhere import attribute as attributed
+    from natfp_jax.findings import outside as shown
+    from natfp_jax.labelled import Columns
+
+    columns = Columns(outside.text_key, outside.label_key, outside.prompt_key, outside.document_key)
+    with Progress() as progress:
+        found = attributed(
+            outside.texts,
+            columns,
+            settings,
+            progress,
+            tokenizer=outside.tokenizer,
+            others=outside.others,
+            folder=outside.save,
+        )
+    for note in found.notes:
+        print(f"natfp: warning: {note}", file=sys.stderr, flush=True)
+    console = _console()
+    console.print(shown(outside.texts.name, found.rows))
+    if outside.json is not None:
+        write_json(outside.json, {"texts": str(outside.texts), "notes": found.notes, "results": found.rows})
+    if outside.save is not None:
+        console.print(f"classifiers: {outside.save}", highlight=False, soft_wrap=True)
+
+
+def predict(
+    classifier: Annotated[
+        tyro.conf.Positional[Path], tyro.conf.arg(metavar="CLASSIFIER", help="a folder below --save of natfp attribute --texts")
+    ],
+    texts: Annotated[
+        tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEXTS", help="a .txt (a text a line), .jsonl, .csv or .parquet file")
+    ],
+    /,
+    false_accusations: float = 0.01,
+    text_key: str = "text",
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.parquet")] = None,
+) -> None:
+    """Names the source of each text, or abstains, or says that it is of none of the sources.
+
+    Example: natfp predict classifiers/subwords texts.txt --false-accusations 0.05
+
+    Args:
+      false_accusations: at most this part of the texts of a source is given to another.
+      text_key: the column of the texts.
+      json: where the answers are written too.
+      out: where the answers are written too, as a table.
+    """
+    from natfp_jax import predict as judging
+    from natfp_jax.stored import load
+
+    stored = load(classifier)
+    answers = judging.predict(stored, judging.read_texts(texts, text_key), false_accusations)
+    if out is not None:
+        judging.write(out, answers)
+    if json is not None:
+        write_json(json, answers.json())
+    console = _console()
+    console.print(judging.table(answers))
+    if warning := judging.warning(stored):
+        print(f"natfp: warning: {warning}", file=sys.stderr, flush=True)
 
 
 def report(study: StudyFile, overrides: Overrides = (), /, how: Options = How()) -> None:
@@ -337,7 +454,7 @@ def _overrides_last(args: list[str]) -> list[str]:
     """Lets `PATH=VALUE` stand before and after options: the parser wants all positional arguments in one place."""
 
     def given(place: int) -> bool:
-        return "=" in args[place] and not args[place].startswith("-") and args[place - 1] != "--out"
+        return "=" in args[place] and not args[place].startswith("-") and args[place - 1] not in _OF_A_PATH
 
     if not args or args[0] not in _OF_A_STUDY:  # elsewhere a value may well have the sign in it
         return args
@@ -370,7 +487,7 @@ def _told(error: BaseException, quiet: bool = False) -> int:
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    verbs = {verb.__name__: verb for verb in (run, train, sample, attribute, report, status, audit, generate, export)}
+    verbs = {verb.__name__: verb for verb in (run, train, sample, attribute, predict, report, status, audit, generate, export)}
     try:
         tyro.extras.subcommand_cli_from_dict(
             verbs,

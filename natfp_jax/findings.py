@@ -26,6 +26,7 @@ __all__ = [
     "interval",
     "lines",
     "millibits",
+    "outside",
     "p_text",
     "percent",
     "share",
@@ -418,4 +419,25 @@ def table(summary: Summary) -> Table:
             style=style,
             end_section=after is not None and after.checkpoint != line.checkpoint,
         )
+    return shown
+
+
+def outside(name: str, rows: list[Row]) -> Table:
+    """The table of texts from elsewhere, whose models are not at hand: a line a classifier."""
+    test, learnt = rows[0]["test_texts"], rows[0]["training_texts"]
+    shown = Table(
+        title=Text(f"{name}: {' vs '.join(rows[0]['classes'])}"),
+        caption=Text(
+            f"{test} test texts, {learnt} to learn from. p and interval cover the choice of test texts, not the training of "
+            "classifiers or models; Holm covers the table. Ceiling: not available, since the models are not at hand."
+        ),
+        box=box.SIMPLE,
+        padding=0,
+    )
+    shown.add_column("by")
+    for column in ("accuracy % [95 %]", "chance", "p", "p Holm", "AUC", "bits/text"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        numbers = [percent(row["chance"]), p_text(row["p_value"]), p_text(row["p_holm"])]
+        shown.add_row(row["classifier"], interval(row), *numbers, f"{row['auc']:.3f}", f"{row['bits_per_text']:+.3f}")
     return shown

@@ -59,11 +59,13 @@ class Judged:
       probabilities_NK: of each class.
       chosen: what the validation part chose.
       telling: the pieces that speak most for each class, strongest first; empty where a rung has no such pieces.
+      classifier: what was fitted, from texts to classes, with the same probabilities.
     """
 
     probabilities_NK: NDArray[np.float64]
     chosen: dict[str, float]
     telling: list[list[str]]
+    classifier: Any
 
 
 class Rung(Protocol):
@@ -114,6 +116,7 @@ class Counted:
             fitted.predict_proba(counts_NV[task.test_N]),
             classify.chosen(fitted),
             [self.features.names(used_V[columns]) for columns in telling],
+            self.features.whole(fitted, used_V),
         )
 
 
@@ -133,7 +136,7 @@ class Read:
 
         reader = READERS[self.kind](self.tokenizer, seed=settings.split_seed)
         fitted = reader.fit(*part(task.training_N), validation=part(task.validation_N))
-        return Judged(fitted.predict_proba(part(task.test_N)[0]), {"epochs": fitted.epoch_ + 1}, [])
+        return Judged(fitted.predict_proba(part(task.test_N)[0]), {"epochs": fitted.epoch_ + 1}, [], fitted)
 
 
 def prepare(kind: Any, texts: Sequence[str], tokenizer: Tokenizer) -> Rung:

@@ -116,6 +116,10 @@ class LanguageModels(TextReader):
         model = Model(width=self.width, layers=self.layers, heads=self.heads)
         return _Network(model, self.tokenizer.size, self.tokenizer.padded_size)
 
+    def _specs(self) -> dict[str, Spec]:
+        specs = self._network().specs
+        return {f"{k}/{path}": spec for k in range(len(self.classes_)) for path, spec in specs.items()}
+
     def _scores(self, tree: Params, rows: Rows) -> NDArray[np.float64]:
         each = [scores(self._network(), tree[str(k)], rows, self.batch) for k in range(len(self.classes_))]
         return np.stack(each, axis=1)

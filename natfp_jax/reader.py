@@ -115,6 +115,9 @@ class Reader(TextReader):
         model = Model(width=self.width, layers=self.layers, heads=self.heads)
         return _Network(model, self.tokenizer.padded_size, len(self.classes_), self.dropout)
 
+    def _specs(self) -> dict[str, Spec]:
+        return self._network().specs
+
     def _scores(self, tree: Params, rows: Rows) -> NDArray[np.float64]:
         return scores(self._network(), tree, rows, self.batch)
 

@@ -22,13 +22,13 @@ import jax
 import numpy as np
 import optax
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from natfp_jax import optim, params, rng, stats
+from natfp_jax.calibration import best_scale, log_loss
 from natfp_jax.config import Optimiser
 from natfp_jax.errors import UserError
 from natfp_jax.optim import Hyperparameters
@@ -38,7 +38,6 @@ __all__ = ["Network", "Rows", "TextReader", "Tokenizer", "early_stopped", "score
 
 HELD = 0.15  # of the texts, for validation where none are given
 _EIGHT = 8  # row lengths are multiples of it, so that blocks of a batch's logits come out even
-_SCALES = (-12.0, 6.0)  # log of the scale of the scores: from no opinion to certainty
 
 
 class Tokenizer(Protocol):
@@ -217,19 +216,6 @@ def scores(network: Network, tree: Params, rows: Rows, batch: int) -> NDArray[np
     return np.concatenate(found).astype(np.float64)
 
 
-# --- calibration ------------------------------------------------------------------------------------------------------
-
-
-def _log_loss(score_NK: NDArray[np.float64], label_N: NDArray[np.integer]) -> float:
-    return float(-log_softmax(score_NK, axis=1)[np.arange(len(label_N)), label_N].mean())
-
-
-def _scale(score_NK: NDArray[np.float64], label_N: NDArray[np.integer]) -> float:
-    """The factor of the scores with the least log-loss (temperature scaling; Guo et al., 2017)."""
-    found = minimize_scalar(lambda log: _log_loss(np.exp(log) * score_NK, label_N), bounds=_SCALES, method="bounded")
-    return float(np.exp(found.x))
-
-
 # --- the estimator ----------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +246,10 @@ class TextReader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
     @abstractmethod
     def _scores(self, tree: Params, rows: Rows) -> NDArray[np.float64]:
         """`score_NK`, whose differences speak for a class."""
+
+    @abstractmethod
+    def _specs(self) -> dict[str, Spec]:
+        """The table of the weights, once the classes are known."""
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -310,11 +300,11 @@ class TextReader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
             score_NK = self._scores(tree, held)
             if not np.isfinite(score_NK).all():
                 return float("nan")
-            return _log_loss(_scale(score_NK, held_label_N) * score_NK, held_label_N)
+            return log_loss(best_scale(score_NK, held_label_N) * score_NK, held_label_N)
 
         self.params_, self.losses_ = self._learn(_rows(ragged, self.tokens_), label_N[order], judge)
         self.epoch_ = int(np.argmin(self.losses_))
-        self.scale_ = _scale(self._scores(self.params_, held), held_label_N)
+        self.scale_ = best_scale(self._scores(self.params_, held), held_label_N)
         return self
 
     def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float64]:
@@ -339,9 +329,17 @@ class TextReader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
 
     @classmethod
     def from_state(cls, state: dict[str, NDArray[Any]], **settings: Any) -> Self:
-        """A fitted classifier from its `state` and what its constructor was given, the tokenizer among it."""
+        """A fitted classifier from its `state` and what its constructor was given, the tokenizer among it.
+
+        Raises:
+          ValueError: the weights are not those of such a classifier.
+        """
         found = cls(**settings)
         found.classes_, found.scale_, found.tokens_ = state["classes"], float(state["scale"]), int(state["tokens"])
         own = {path.removeprefix("params/"): leaf for path, leaf in state.items() if path.startswith("params/")}
+        got, expected = ({path: leaf.shape for path, leaf in some.items()} for some in (own, found._specs()))
+        if got != expected:
+            path = min(path for path in {*got, *expected} if got.get(path) != expected.get(path))
+            raise ValueError(f"the weight {path} is {got.get(path)}, expected {expected.get(path)}")
         found.params_ = params.nest(own)
         return found

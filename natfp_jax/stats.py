@@ -36,6 +36,7 @@ __all__ = [
     "split",
     "summed",
     "thinned",
+    "whole_permutation_p",
 ]
 
 PARTS = ("training", "validation", "test")
@@ -240,6 +241,27 @@ def permutation_p(
         hits += random.multinomial(number, pmf, size=permutations) @ np.arange(len(pmf))
     observed = np.count_nonzero(predicted_N == labels_N)
     return float((1 + np.count_nonzero(hits >= observed)) / (1 + permutations))
+
+
+def whole_permutation_p(
+    predicted_N: ArrayLike, labels_N: ArrayLike, prompts_N: ArrayLike, random: np.random.Generator, permutations: int
+) -> float:
+    """`permutation_p` where texts of one class at a prompt are one document: its texts keep one label, whatever it is.
+
+    Texts of a document are alike, so that labels permuted text by text would call their likeness a fingerprint.
+    """
+    classes, code_2N = np.unique(np.stack([np.asarray(predicted_N), np.asarray(labels_N)]), return_inverse=True)
+    prompts, prompt_N = np.unique(np.asarray(prompts_N), return_inverse=True)
+    P, K = len(prompts), len(classes)
+    count_PKK = np.bincount((prompt_N * K + code_2N[1]) * K + code_2N[0], minlength=P * K * K).reshape(P, K, K)
+    documents_PK = np.tile(np.arange(K), (P, 1))
+
+    def hits(given_PK: NDArray[np.integer]) -> int:
+        return int(np.take_along_axis(count_PKK, given_PK[..., None], axis=2).sum())
+
+    observed = hits(documents_PK)
+    drawn = sum(hits(random.permuted(documents_PK, axis=1)) >= observed for _ in range(permutations))
+    return (1 + drawn) / (1 + permutations)
 
 
 def sign_p(correct_N: ArrayLike, labels_N: ArrayLike, prompts_N: ArrayLike) -> float | None:
