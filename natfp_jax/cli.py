@@ -145,7 +145,8 @@ def _together(heartbeat_seconds: int) -> Iterator[IO[str]]:
 
 
 def _show(summary: dict[str, Any], page: Path, printed: IO[str]) -> None:
-    from natfp_jax.findings import table, verdicts
+    from natfp_jax.findings import verdicts
+    from natfp_jax.tables import table
 
     console = _console(printed)
     console.print(table(summary))
@@ -239,8 +240,8 @@ def _elsewhere(outside: Texts) -> None:
         settings = replace(settings, name, value)
     assert outside.texts is not None
     from natfp_jax.elsewhere import attribute as attributed
-    from natfp_jax.findings import outside as shown
     from natfp_jax.labelled import Columns
+    from natfp_jax.tables import outside as shown
 
     columns = Columns(outside.text_key, outside.label_key, outside.prompt_key, outside.document_key)
     with Progress() as progress:

@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from natfp_jax.courses import STEP, Course
 from natfp_jax.files import whole_file
-from natfp_jax.findings import STEP, Course, Row, titled
+from natfp_jax.findings import Row, titled
 
 __all__ = ["accuracies", "components", "confusion", "courses", "losses", "save"]
 

@@ -1,4 +1,4 @@
-"""What a study found, in words and in the terminal's table.
+"""What a study found, in words.
 
 Owns the verdicts, what the numbers cover and do not cover, and the form of every number. Everything is a function of the
 summary alone; must not know files or how anything was computed.
@@ -6,40 +6,30 @@ summary alone; must not know files or how anything was computed.
 
 import math
 from collections.abc import Sequence
-from statistics import median
-from typing import Any, NamedTuple
-
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from typing import Any
 
 __all__ = [
-    "Line",
+    "SIGNIFICANT",
     "Row",
     "Summary",
-    "cells",
     "confused",
-    "courses",
     "coverage",
     "decisive",
+    "groups",
     "headline",
     "interval",
-    "lines",
     "millibits",
-    "outside",
     "p_text",
     "percent",
+    "pooled",
     "share",
-    "table",
     "titled",
-    "trajectories",
     "verdicts",
 ]
 
 SIGNIFICANT = 0.05  # of the p-value after Holm
 LEAK = 0.01  # the same, for a null
 BEYOND = 4  # standard errors above the ceiling that no classifier of a sound study reaches, among hundreds of tests
-FOLD = 12  # more pairs of one factor at one checkpoint become one line in the terminal and in the figure
 
 Summary = dict[str, Any]
 Row = dict[str, Any]  # one classifier's result on one comparison
@@ -70,7 +60,8 @@ def _both_p(row: Row) -> str:
     return f"p {p_text(row['p_value'], '= ')}, Holm {p_text(row['p_holm'])}"
 
 
-def _pooled(row: Row) -> bool:
+def pooled(row: Row) -> bool:
+    """Whether it is of a factor's pooled test."""
     return bool(row["name"] == f"{row['factor']} (pooled)")
 
 
@@ -79,7 +70,7 @@ def titled(row: Row, name: str | None = None) -> str:
     return ", ".join(part for part in (name or row["name"], row["setting"]) if part)
 
 
-def _groups(summary: Summary) -> dict[tuple[int, str, str], list[Row]]:
+def groups(summary: Summary) -> dict[tuple[int, str, str], list[Row]]:
     """(Checkpoint, setting, factor) → its rows."""
     found: dict[tuple[int, str, str], list[Row]] = {}
     for row in summary["comparisons"]:
@@ -103,17 +94,17 @@ def headline(summary: Summary) -> str:
 
 def decisive(summary: Summary) -> list[Row]:
     """The rows that the study's answer rests on: of each factor at each checkpoint its pooled test or its only pair."""
-    return [row for group in _groups(summary).values() for row in _decisive(group)]
+    return [row for group in groups(summary).values() for row in _decisive(group)]
 
 
 def _decisive(group: list[Row]) -> list[Row]:
-    return [row for row in group if _pooled(row)] or group
+    return [row for row in group if pooled(row)] or group
 
 
 def verdicts(summary: Summary) -> list[str]:
     """What the study found, a sentence for each factor at each checkpoint."""
     said, nulls = [], []
-    for (step, _, factor), group in _groups(summary).items():
+    for (step, _, factor), group in groups(summary).items():
         if factor == "null":
             nulls += group
             continue
@@ -283,161 +274,3 @@ def confused(summary: Summary) -> list[Row]:
     last = max(row["checkpoint"] for row in rows)
     rows = [row for row in rows if (row["factor"], row["checkpoint"]) == (factor, last)]
     return [row for row in rows if row["setting"] == rows[-1]["setting"]]
-
-
-# --- the terminal -----------------------------------------------------------------------------------------------------
-
-
-class Course(NamedTuple):
-    """How an accuracy goes with something: x, and the accuracy there with its bounds."""
-
-    x: list[float]
-    y: list[float]
-    low: list[float]
-    high: list[float]
-
-
-STEP, LEARNT, LENGTH, TOGETHER = "training step", "texts to learn from", "tokens of a text", "texts in one decision"
-
-
-def courses(summary: Summary) -> dict[str, dict[str, dict[str, Course]]]:
-    """Comparison → what its accuracy goes with → classifier or "ceiling" → how; what has one value alone is left out.
-
-    Of each factor its pooled test or its only pair; at the last checkpoint, temperature and length where another goes.
-    """
-    rows = decisive(summary)
-    last, end = rows[-1], max(row["checkpoint"] for row in rows)
-    points: dict[tuple[str, str, str], dict[float, tuple[float, Any]]] = {}
-
-    def add(row: Row, along: str, x: float, accuracy: tuple[float, Any], ceiling: tuple[float, Any]) -> None:
-        points.setdefault((row["name"], along, row["classifier"]), {})[x] = accuracy
-        points.setdefault((row["name"], along, "ceiling"), {})[x] = ceiling
-
-    for row in [*rows, *({**row, "learnt": row["training_texts"]} for row in summary["curves"])]:
-        found = (row["accuracy"], row["ci95"]), (row["ceiling"], row["ceiling_ci95"])
-        if "learnt" in row:
-            add(row, LEARNT, row["learnt"], *found)
-            continue
-        if row["setting"] == last["setting"]:
-            add(row, STEP, row["checkpoint"], *found)
-        if row["checkpoint"] == end and row["temperature"] == last["temperature"]:
-            add(row, LENGTH, row["new_tokens"], *found)
-        if row["checkpoint"] == end and row["setting"] == last["setting"]:
-            add(row, TOGETHER, 1, *found)
-            for one, best in zip(row["pooled"], row["ceiling_pooled"], strict=True):
-                add(row, TOGETHER, one["texts"], (one["accuracy"], one["ci95"]), (best["accuracy"], best["ci95"]))
-    courses: dict[str, dict[str, dict[str, Course]]] = {}
-    for (name, along, kind), some in points.items():
-        if len(some) < 2:
-            continue
-        x = sorted(some)
-        course = Course(x, [some[at][0] for at in x], *([some[at][1][side] for at in x] for side in (0, 1)))
-        courses.setdefault(name, {}).setdefault(along, {})[kind] = course
-    return courses
-
-
-def trajectories(summary: Summary) -> dict[str, dict[str, Course]]:
-    """Kind of distance → component → its millibits by training step, where there is more than one."""
-    points: dict[str, dict[str, list[Row]]] = {}
-    for row in summary["components"]:
-        points.setdefault(row["distance"], {}).setdefault(row["component"], []).append(row)
-    if len({row["checkpoint"] for row in summary["components"]}) < 2:
-        return {}
-
-    def course(rows: list[Row]) -> Course:
-        rows = sorted(rows, key=lambda row: row["checkpoint"])
-        bits = [[1000 * value for value in (row["bits"], *row["ci95"])] for row in rows]
-        return Course([row["checkpoint"] for row in rows], *([one[side] for one in bits] for side in range(3)))
-
-    return {kind: {name: course(rows) for name, rows in some.items()} for kind, some in points.items()}
-
-
-class Line(NamedTuple):
-    """One comparison under one classifier, or many pairs of one factor."""
-
-    name: str
-    checkpoint: int
-    factor: str
-    rows: list[Row]
-
-
-def lines(summary: Summary) -> list[Line]:
-    """The lines of the terminal's table, by checkpoint; many pairs of one factor become one."""
-    found = []
-    for (step, _, factor), group in _groups(summary).items():
-        pairs: dict[str, list[Row]] = {}  # classifier → pairs
-        for row in group:
-            if not _pooled(row):
-                pairs.setdefault(row["classifier"], []).append(row)
-        count = len(next(iter(pairs.values()), []))
-        if count > FOLD:
-            name = titled(group[0], f"{factor}: {count} pairs")
-            found += [Line(name, step, factor, rows) for rows in pairs.values()]
-            group = [row for row in group if _pooled(row)]
-        found += [Line(titled(row), step, factor, [row]) for row in group]
-    return sorted(found, key=lambda line: line.checkpoint)
-
-
-def cells(rows: list[Row]) -> list[str]:
-    """The numbers of a line, from accuracy to ceiling."""
-
-    def middle(name: str) -> float:
-        return median(row[name] for row in rows)
-
-    if len(rows) == 1:
-        accuracy, p, holm = interval(rows[0]), p_text(rows[0]["p_value"]), p_text(rows[0]["p_holm"])
-    else:
-        found = [row["accuracy"] for row in rows]
-        accuracy, p = f"{percent(middle('accuracy'))} ({percent(min(found))}–{percent(max(found))})", ""
-        holm = f"{sum(row['p_holm'] < SIGNIFICANT for row in rows)} of {len(rows)}"
-    auc, bits = f"{middle('auc'):.3f}", f"{middle('bits_per_text'):+.3f}"
-    return [accuracy, percent(middle("chance")), p, holm, auc, bits, percent(middle("ceiling"))]
-
-
-def table(summary: Summary) -> Table:
-    """The terminal's table: 100 columns, however many arms."""
-    shown_lines = lines(summary)
-    folded = any(len(line.rows) > 1 for line in shown_lines)
-    caption = "p and interval cover the choice of test texts, not the training of classifiers or models; Holm covers the study."
-    if folded:
-        caption += f" A line of pairs: medians, (min–max), and how many have p Holm < {SIGNIFICANT}; all are in report.md."
-    # Text, not str: names with square brackets are no markup.
-    shown = Table(title=Text(headline(summary)), caption=Text(caption), box=box.SIMPLE, padding=0)
-    shown.add_column("comparison", overflow="fold")
-    shown.add_column("step", justify="right")
-    shown.add_column("by")
-    for name in ("accuracy % [95 %]", "chance", "p", "p Holm", "AUC", "bits/\ntext", "ceiling"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for before, line, after in zip([None, *shown_lines], shown_lines, [*shown_lines[1:], None], strict=False):
-        first = before is None or (before.name, before.checkpoint) != (line.name, line.checkpoint)
-        style = "cyan" if line.factor in ("null", "twin") else "bold" if line.factor == "all" or _pooled(line.rows[0]) else ""
-        shown.add_row(
-            Text(line.name if first else ""),
-            str(line.checkpoint) if first else "",
-            line.rows[0]["classifier"],
-            *cells(line.rows),
-            style=style,
-            end_section=after is not None and after.checkpoint != line.checkpoint,
-        )
-    return shown
-
-
-def outside(name: str, rows: list[Row]) -> Table:
-    """The table of texts from elsewhere, whose models are not at hand: a line a classifier."""
-    test, learnt = rows[0]["test_texts"], rows[0]["training_texts"]
-    shown = Table(
-        title=Text(f"{name}: {' vs '.join(rows[0]['classes'])}"),
-        caption=Text(
-            f"{test} test texts, {learnt} to learn from. p and interval cover the choice of test texts, not the training of "
-            "classifiers or models; Holm covers the table. Ceiling: not available, since the models are not at hand."
-        ),
-        box=box.SIMPLE,
-        padding=0,
-    )
-    shown.add_column("by")
-    for column in ("accuracy % [95 %]", "chance", "p", "p Holm", "AUC", "bits/text"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        numbers = [percent(row["chance"]), p_text(row["p_value"]), p_text(row["p_holm"])]
-        shown.add_row(row["classifier"], interval(row), *numbers, f"{row['auc']:.3f}", f"{row['bits_per_text']:+.3f}")
-    return shown

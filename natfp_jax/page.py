@@ -6,9 +6,9 @@ Owns what stands on it and in which order. A function of the summary alone; must
 import json
 from collections.abc import Sequence
 
+from natfp_jax.courses import trajectories
 from natfp_jax.findings import (
     Summary,
-    cells,
     confused,
     coverage,
     decisive,
@@ -19,9 +19,9 @@ from natfp_jax.findings import (
     percent,
     share,
     titled,
-    trajectories,
     verdicts,
 )
+from natfp_jax.tables import cells
 
 __all__ = ["markdown"]
 

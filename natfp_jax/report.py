@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from natfp_jax import __version__, config, files, texts
+from natfp_jax.courses import courses, trajectories
 from natfp_jax.errors import Damaged, UserError
-from natfp_jax.findings import Row, Summary, confused, courses, lines, trajectories
+from natfp_jax.findings import Row, Summary, confused
 from natfp_jax.page import markdown
 from natfp_jax.runs import metrics
 from natfp_jax.study import lacking
+from natfp_jax.tables import lines
 from natfp_jax.workspace import Workspace
 
 __all__ = ["report", "summarise"]

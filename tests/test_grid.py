@@ -11,7 +11,8 @@ from scipy.special import softmax
 
 from natfp_jax import config, files, mesh
 from natfp_jax.config import Attribution, Corpus, Data, Experiment, Factor, Model, Perturb, Sampling, Stories, Study
-from natfp_jax.findings import trajectories, verdicts
+from natfp_jax.courses import trajectories
+from natfp_jax.findings import verdicts
 from natfp_jax.model import hidden
 from natfp_jax.next_token import next_tokens
 from natfp_jax.page import markdown

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from natfp_jax import figures, files, findings, report, texts
+from natfp_jax import courses as curves
+from natfp_jax import figures, files, findings, report, tables, texts
 from natfp_jax.config import Attribution, Data, Experiment, Factor, Perturb, Run, Sampling, Study, to_json
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.lock import alone
@@ -366,7 +367,7 @@ def test_arms_that_do_not_share_the_numerics_record_are_on_the_first_line(work):
     assert {(one["comparison"], one["checkpoint"]) for one in made["numerics"]["differ"]} == touched
     assert {one["stage"] for one in made["numerics"]["differ"]} == {"train"}
     total = len(work.comparisons)
-    for first in (markdown(made).splitlines()[0], " ".join(rendered(findings.table(made)).split())):
+    for first in (markdown(made).splitlines()[0], " ".join(rendered(tables.table(made)).split())):
         assert f"small: WARNING, in {len(touched)} of {total} comparisons" in first
         assert "cpu_threads (train)" in first
 
@@ -439,7 +440,7 @@ RATES = Factor("optimiser.learning_rate", (0.001, 0.003))
 @pytest.mark.parametrize("study", [SMALL, LARGE, replace(SMALL, factors=(RATES, *SMALL.factors[:1]))])
 def test_the_table_fits_100_columns_and_shows_every_comparison(study):
     made = summary_of(study)
-    text = rendered(findings.table(made))
+    text = rendered(tables.table(made))
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
     assert len(text.splitlines()) < 70
@@ -459,13 +460,13 @@ def test_a_line_of_many_pairs_counts_the_significant_ones():
             return {**one, "accuracy": 0.5 + place / 1000, "p_holm": 0.01 if place >= 21 else 1.0}
         return one
 
-    text = rendered(findings.table(summary_of(LARGE, change)))
+    text = rendered(tables.table(summary_of(LARGE, change)))
     assert re.search(r"words +51\.[12] \(50\.0–52\.3\) .* 3 of 24 ", text)
 
 
 def test_names_with_brackets_are_shown_as_they_are():
     made = summary_of(change=lambda one: {**one, "name": one["name"].replace("null", "[bold]")})
-    assert "[bold] of init0-order0" in rendered(findings.table(made))
+    assert "[bold] of init0-order0" in rendered(tables.table(made))
 
 
 # --- the verdicts -----------------------------------------------------------------------------------------------------
@@ -530,7 +531,7 @@ def point(fraction, accuracy):
 
 def test_courses_go_with_steps_with_texts_to_learn_from_with_length_and_with_number():
     learnt = summary_of(curves=[point(0.1, 0.52), point(1.0, 0.56)])
-    courses = findings.courses(learnt)
+    courses = curves.courses(learnt)
     assert set(courses) == {"init (pooled)", "order (pooled)", "all arms", "null of init0-order0", "twin of init0-order0"}
     steps = courses["order (pooled)"]["training step"]["subwords"]
     assert (steps.x, steps.y) == ([20, 200], [0.581, 0.581])
@@ -541,7 +542,7 @@ def test_courses_go_with_steps_with_texts_to_learn_from_with_length_and_with_num
     together = courses["all arms"]["texts in one decision"]
     assert together["ceiling"].x == [1, 4]
     assert all("tokens of a text" not in panels for panels in courses.values())  # there is one length
-    swept = findings.courses(summary_of(replace(SMALL, sampling=Sampling(new_tokens=(12, 48), temperature=(0.7, 1.0)))))
+    swept = curves.courses(summary_of(replace(SMALL, sampling=Sampling(new_tokens=(12, 48), temperature=(0.7, 1.0)))))
     assert swept["order (pooled)"]["tokens of a text"]["words"].x == [12, 48]
     assert "training step" not in swept["order (pooled)"]
 
