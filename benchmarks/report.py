@@ -25,22 +25,23 @@ __all__ = ["RESULTS", "joined", "machine", "matrix_peak", "memory_bandwidth", "s
 RESULTS = Path(__file__).parent / "results"
 
 
-def versions() -> dict[str, str]:
-    """Of all that was timed; transformers where they are installed, which sampling alone needs."""
-    names = ["natfp-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch"]
-    if importlib.util.find_spec("transformers") is not None:
-        names.append("transformers")
+def versions(*others: str) -> dict[str, str]:
+    """Of all that was timed and of `others`; torch and transformers where they are installed, which some programs need."""
+    names = ["natfp-jax", "jax", "jaxlib", "flax", "optax", "numpy", *others]
+    names += [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is not None]
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def machine() -> dict[str, Any]:
     """The processor and how much of it there is, and the GPU."""
-    import torch
-
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    gpu = {}
+    if importlib.util.find_spec("torch") is not None:  # without it nothing here could use a GPU
+        import torch
+
+        gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {"processor": models[0] if models else platform.processor(), "cores": len(os.sched_getaffinity(0)), **gpu}
 
 

@@ -7,6 +7,7 @@ on those.
 Letters after an underscore name the axes: N texts, A arms, K classes, G decisions.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,8 +101,8 @@ def parts(documents: Sequence[str], settings: config.Attribution, of: str) -> ND
       UserError: a part has too few documents.
     """
     parts_N = stats.split(documents, settings.split_seed, validation=settings.validation_fraction, test=settings.test_fraction)
-    named = np.asarray(documents)
-    sizes = {part: len(np.unique(named[parts_N == part])) for part in stats.PARTS}
+    found = Counter(dict(zip(documents, parts_N.tolist(), strict=True)).values())
+    sizes = {part: found[part] for part in stats.PARTS}
     if min(sizes.values()) < LEAST_DOCUMENTS:
         got = ", ".join(f"{size} for {part}" for part, size in sizes.items())
         raise UserError(
@@ -246,6 +247,8 @@ def attribute(
     predicted_N = probabilities_NK.argmax(axis=1)
     prompts_N, documents_N = np.asarray(comparison.prompts)[test_N], np.asarray(comparison.documents)[test_N]
     correct_N = predicted_N == labels_N
+    # The statistics sort by them many times, and a million names take seconds each time.
+    prompt_N, document_N = (np.unique(names_N, return_inverse=True)[1] for names_N in (prompts_N, documents_N))
 
     def random(purpose: str) -> np.random.Generator:
         return rng.generator(settings.split_seed, "attribution", comparison.name, rung.kind, purpose)
@@ -254,7 +257,7 @@ def attribute(
     permuted = stats.whole_permutation_p if comparison.whole else stats.permutation_p
     share = None
     if bound is not None:
-        share = stats.share_interval(correct_N, bound.scores_N, chance, documents_N, random("share"), settings.bootstraps)
+        share = stats.share_interval(correct_N, bound.scores_N, chance, document_N, random("share"), settings.bootstraps)
     log_NK = np.log(np.maximum(probabilities_NK, np.finfo(np.float64).tiny))
 
     def hits(sums_GK: NDArray[np.float64], labels_G: NDArray[np.integer]) -> NDArray[np.bool_]:
@@ -266,11 +269,11 @@ def attribute(
         classes=classes,
         accuracy=float(correct_N.mean()),
         chance=chance,
-        ci95=stats.bootstrap_interval(correct_N, documents_N, random("bootstrap"), settings.bootstraps),
-        p_value=permuted(predicted_N, labels_N, prompts_N, random("permutation"), settings.permutations),
-        sign_p=stats.sign_p(correct_N, labels_N, prompts_N),
+        ci95=stats.bootstrap_interval(correct_N, document_N, random("bootstrap"), settings.bootstraps),
+        p_value=permuted(predicted_N, labels_N, prompt_N, random("permutation"), settings.permutations),
+        sign_p=stats.sign_p(correct_N, labels_N, prompt_N),
         auc=stats.pairwise_auc(probabilities_NK, labels_N),
-        auc_ci95=stats.auc_interval(probabilities_NK, labels_N, documents_N, random("auc"), settings.bootstraps),
+        auc_ci95=stats.auc_interval(probabilities_NK, labels_N, document_N, random("auc"), settings.bootstraps),
         bits_per_text=stats.bits_per_text(probabilities_NK, labels_N),
         share=float((correct_N.mean() - chance) / (bound.accuracy - chance))
         if bound is not None and share is not None
@@ -279,7 +282,7 @@ def attribute(
         pooled=_pooled(log_NK, labels_N, test_N, comparison, settings, hits, random),
         training_texts=int((asked.training_N | asked.validation_N).sum()),
         test_texts=len(labels_N),
-        test_prompts=len(np.unique(prompts_N)),
+        test_prompts=int(prompt_N.max()) + 1,
         chosen=judged.chosen,
         confusion=confusion_matrix(labels_N, predicted_N, labels=range(len(classes))).tolist(),
         telling=dict(zip(classes, judged.telling, strict=True)) if judged.telling else {},
@@ -302,9 +305,10 @@ def _pooled(
       log_NK: log-probabilities of each test text that add up.
       score: from those of each decision, and its label, to its score.
     """
-    prompts_N, documents_N = np.asarray(comparison.prompts)[test_N], np.asarray(comparison.documents)[test_N]
-    sources_N = np.asarray(comparison.labels if comparison.sources is None else comparison.sources)[test_N]
-    found, size, prompts = [], 4, len(np.unique(prompts_N))
+    named = comparison.prompts, comparison.documents, comparison.labels if comparison.sources is None else comparison.sources
+    # Numbers in the order of the names: they are sorted by for every size.
+    prompts_N, documents_N, sources_N = (np.unique(np.asarray(names)[test_N], return_inverse=True)[1] for names in named)
+    found, size, prompts = [], 4, int(prompts_N.max()) + 1
     while prompts // size >= LEAST_GROUPS:
         # Whatever is judged, a classifier or the ceiling, has the same groups.
         groups = rng.generator(settings.split_seed, "attribution", comparison.name, "groups", size)

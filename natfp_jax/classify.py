@@ -94,10 +94,14 @@ class Subwords(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     def fit_transform(self, texts: Sequence[str], labels: Any = None, **_: Any) -> sparse.csr_array:
         """`fit` and `transform`, reading the texts once."""
         counts = self._counted(texts)
-        self.vocabulary_ = np.flatnonzero(counts.sum(axis=0))
+        used = counts.sum(axis=0) > 0
+        self.vocabulary_ = np.flatnonzero(used)
         if not len(self.vocabulary_):
             raise ValueError("empty vocabulary: no text has subwords")
-        return counts[:, self.vocabulary_]
+        # Renumbered and not sliced: of a million texts the counts take more than a gigabyte.
+        place_V = (np.cumsum(used) - 1).astype(counts.indices.dtype)
+        shape = len(texts), len(self.vocabulary_)
+        return sparse.csr_array((counts.data, place_V[counts.indices], counts.indptr), shape=shape)
 
     def transform(self, texts: Sequence[str]) -> sparse.csr_array:
         """The counts [N, V], float64; subwords that it was not fitted on are left out."""
@@ -121,7 +125,7 @@ class Subwords(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     def _parts(self, texts: Sequence[str]) -> Iterator[sparse.csr_array]:
         for first in range(0, len(texts), _CHUNK):
             rows = self.tokenizer.encode_batch(list(texts[first : first + _CHUNK]))
-            starts = np.cumsum([0, *map(len, rows)])
+            starts = np.cumsum([0, *map(len, rows)], dtype=np.int32)  # of 64 bits, column numbers would have 64 too
             ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, starts[-1])
             part = sparse.csr_array((np.ones(len(ids)), ids, starts), shape=(len(rows), int(ids.max(initial=-1)) + 1))
             part.sum_duplicates()
@@ -235,7 +239,8 @@ def choose(
 
     best = min(among, key=loss) if len(among) > 1 else among[0]
     known_N = training_N | validation_N
-    return best.fit(counts_NV[known_N], labels_N[known_N])
+    known_NV = counts_NV if known_N.all() else counts_NV[known_N]  # what can be without a copy is the largest matrix
+    return best.fit(known_NV, labels_N[known_N])
 
 
 def chosen(fitted: Pipeline) -> dict[str, float]:
@@ -339,9 +344,10 @@ def telling(fitted: Pipeline, counts_NV: sparse.csr_array, count: int) -> list[N
     columns_V = np.arange(counts_NV.shape[1])
     if "select" in fitted.named_steps:
         columns_V = fitted["select"].get_support(indices=True)
+        counts_NV = counts_NV[:, columns_V]
     coef_KV = fitted["linear"].coef_
     weights_KV = np.vstack([-coef_KV, coef_KV]) if len(fitted.classes_) == 2 else coef_KV
-    _, variance_V = mean_variance_axis(counts_NV[:, columns_V], axis=0)
+    _, variance_V = mean_variance_axis(counts_NV, axis=0)
     score_KV = weights_KV * np.sqrt(variance_V)
     best_KV = np.argsort(-score_KV, axis=1, kind="stable")[:, :count]
     return [columns_V[[v for v in best if score[v] > 0]] for best, score in zip(best_KV, score_KV, strict=True)]

@@ -99,8 +99,9 @@ class Counted:
     def judge(self, task: Task, settings: config.Attribution) -> Judged:
         """As `Rung.judge`."""
         known_N = task.training_N | task.validation_N
-        counts_NV = self.features.counts_NV[task.rows]
-        used_V = np.flatnonzero(counts_NV[known_N].sum(axis=0))
+        # One part at a time: of a million texts each takes about a gigabyte.
+        counts_NV = self.features.counts_NV[task.rows[known_N]]
+        used_V = np.flatnonzero(counts_NV.sum(axis=0))
         if not len(used_V):
             raise UserError(f"{task.name}: no training text has {self.kind}; look at the samples")
         if self.kind == "ngrams":  # hashed columns are the same whatever else the study has, and most are dropped anyway
@@ -110,10 +111,11 @@ class Counted:
             # on what else the study has.
             counts_NV = counts_NV[:, used_V]
         among = classify.candidates(self.features.kind, settings.regularisation)
-        fitted = classify.choose(among, counts_NV, task.labels_N, task.training_N, task.validation_N, task.tried_N)
-        telling = classify.telling(fitted, counts_NV[known_N], TELLING)
+        masks = (mask_N[known_N] for mask_N in (task.training_N, task.validation_N, task.tried_N))
+        fitted = classify.choose(among, counts_NV, task.labels_N[known_N], *masks)
+        telling = classify.telling(fitted, counts_NV, TELLING)
         return Judged(
-            fitted.predict_proba(counts_NV[task.test_N]),
+            fitted.predict_proba(self.features.counts_NV[task.rows[task.test_N]][:, used_V]),
             classify.chosen(fitted),
             [self.features.names(used_V[columns]) for columns in telling],
             self.features.whole(fitted, used_V),

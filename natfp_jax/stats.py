@@ -343,15 +343,15 @@ def auc_interval(
       probabilities_NK, labels_N: as for `pairwise_auc`; every document has texts of every class.
     """
     K = probabilities_NK.shape[1]
+    names, document_N = np.unique(np.asarray(documents_N), return_inverse=True)
     ranked = [
-        _Ranked.of(probabilities_NK[:, positive], labels_N, positive, negative)
+        _Ranked.of(probabilities_NK[:, positive], labels_N, document_N, positive, negative)
         for positive, negative in ([(1, 0)] if K == 2 else itertools.permutations(range(K), 2))
     ]
-    names, document_N = np.unique(np.asarray(documents_N), return_inverse=True)
 
     def once() -> float:
-        times_N = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))[document_N]
-        return float(np.mean([one.auc(times_N) for one in ranked]))
+        times_D = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names)).astype(np.float64)
+        return float(np.mean([one.auc(times_D) for one in ranked]))
 
     return _percentiles([once() for _ in range(resamples)], level)
 
@@ -360,22 +360,34 @@ def auc_interval(
 class _Ranked:
     """The texts of two classes in the order of a score, sorted once for all resamples."""
 
-    rows: NDArray[np.intp]
-    positive: NDArray[np.bool_]  # of each of these rows
-    starts: NDArray[np.intp]  # where a run of equal scores begins
+    above_N: NDArray[np.intp]  # the document of each text of the one class
+    below_N: NDArray[np.intp]  # and of the other
+    less_N: NDArray[np.intp]  # of each text of the one class, how many of the other have a smaller score
+    ties_N: NDArray[np.intp]  # and how many no larger one
 
     @classmethod
-    def of(cls, score_N: NDArray[np.floating], labels_N: NDArray[np.integer], positive: int, negative: int) -> "_Ranked":
-        rows = np.flatnonzero((labels_N == positive) | (labels_N == negative))
-        rows = rows[np.argsort(score_N[rows], kind="stable")]
-        starts = np.flatnonzero(np.diff(score_N[rows], prepend=np.nan) != 0)
-        return cls(rows, labels_N[rows] == positive, starts)
+    def of(
+        cls,
+        score_N: NDArray[np.floating],
+        labels_N: NDArray[np.integer],
+        document_N: NDArray[np.intp],
+        positive: int,
+        negative: int,
+    ) -> "_Ranked":
+        above, below = (
+            rows[np.argsort(score_N[rows], kind="stable")]
+            for rows in (np.flatnonzero(labels_N == label) for label in (positive, negative))
+        )
+        less, ties = (np.searchsorted(score_N[below], score_N[above], side=side) for side in ("left", "right"))
+        return cls(document_N[above], document_N[below], less, ties)
 
-    def auc(self, times_N: NDArray[np.integer]) -> float:
-        """The area with each text counted so many times: pairs in the right order, a tie half."""
-        times = times_N[self.rows].astype(np.float64)
-        above, below = (np.add.reduceat(np.where(kind, times, 0), self.starts) for kind in (self.positive, ~self.positive))
-        return float(above @ (np.cumsum(below) - below / 2) / (above.sum() * below.sum()))
+    def auc(self, times_D: NDArray[np.float64]) -> float:
+        """The area with the texts of each document counted so many times: pairs in the right order, a tie half."""
+        above_N = times_D[self.above_N]
+        upto = np.concatenate([[0.0], np.cumsum(times_D[self.below_N])])
+        # Not as a product of vectors, whose threads take longer to meet; whole numbers add up exactly in any order.
+        right = np.sum(above_N * (upto[self.less_N] + upto[self.ties_N]))
+        return float(right / (2 * above_N.sum() * upto[-1]))
 
 
 # --- several texts in one decision ------------------------------------------------------------------------------------
@@ -409,9 +421,9 @@ def summed(
       The sums [G, K], their labels and their groups.
     """
     kept_N = groups_N >= 0
-    _, source_N = np.unique(np.asarray(sources_N)[kept_N], return_inverse=True)
-    keys = np.column_stack([groups_N[kept_N], source_N])
-    found_G2, first, decision_N = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    sums_GK = np.zeros((len(found_G2), log_NK.shape[1]))
-    np.add.at(sums_GK, decision_N.ravel(), log_NK[kept_N])
-    return sums_GK, np.asarray(labels_N)[kept_N][first], found_G2[:, 0]
+    sources, source_N = np.unique(np.asarray(sources_N)[kept_N], return_inverse=True)
+    count = len(sources)
+    found_G, first, decision_N = np.unique(groups_N[kept_N] * count + source_N, return_index=True, return_inverse=True)
+    sums_GK = np.zeros((len(found_G), log_NK.shape[1]))
+    np.add.at(sums_GK, decision_N, log_NK[kept_N])
+    return sums_GK, np.asarray(labels_N)[kept_N][first], found_G // count
