@@ -16,7 +16,7 @@ import numpy as np
 
 from natfp_jax import attribution, config, grid, ladder, rng, stats
 from natfp_jax.attribution import Ceiling
-from natfp_jax.ladder import READERS, Counted, Rung
+from natfp_jax.ladder import NETWORKS, Counted, Rung
 from natfp_jax.next_token import NextTokens
 from natfp_jax.study import Comparison, Draw, Grid, answers, decisive
 from natfp_jax.wording import wording
@@ -113,7 +113,7 @@ class Analysis:
     def _judges(self, one: Comparison) -> list[str]:
         """The classifiers of a comparison: networks take a training each, and are kept for what the answer rests on."""
         every = self.settings.classifiers
-        return [kind for kind in every if kind not in READERS or one in answers(self.work.comparisons)]
+        return [kind for kind in every if kind not in NETWORKS or one in answers(self.work.comparisons)]
 
     def _attributed(
         self, rung: Rung, texts: attribution.Comparison, bound: Ceiling, fraction: float = 1.0

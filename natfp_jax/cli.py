@@ -194,6 +194,8 @@ class Texts:
     """Where the results are written too."""
     classifiers: tuple[str, ...] = Attribution().classifiers
     """Rungs of the ladder."""
+    encoder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """A local folder of Hugging Face's layout, for the classifier `encoder`."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A tokenizer.json; left out: one is trained on the texts to learn from."""
     split_seed: int = 0
@@ -236,7 +238,7 @@ def attribute(
 
 def _elsewhere(outside: Texts) -> None:
     settings = Attribution()
-    for name, value in {"classifiers": outside.classifiers, "split_seed": outside.split_seed}.items():
+    for name, value in {name: getattr(outside, name) for name in ("classifiers", "encoder", "split_seed")}.items():
         settings = replace(settings, name, value)
     assert outside.texts is not None
     from natfp_jax.elsewhere import attribute as attributed

@@ -307,8 +307,9 @@ class Attribution(Strict):
     """How texts are attributed."""
 
     classifiers: Annotated[
-        tuple[Literal["subwords", "words", "ngrams", "lm", "transformer"], ...], pydantic.Field(min_length=1)
-    ] = ("subwords", "words")  # rungs of the ladder; the last two are trained networks, and judge what a factor's answer is
+        tuple[Literal["subwords", "words", "ngrams", "lm", "transformer", "encoder"], ...], pydantic.Field(min_length=1)
+    ] = ("subwords", "words")  # rungs of the ladder; the last three are networks, and judge what a factor's answer rests on
+    encoder: str | None = None  # a local folder in Hugging Face's layout, for the rung of that name; needs the `hf` extra
     split_seed: Seed = 0
     validation_fraction: OpenFraction = 0.1  # of the prompt documents; the classifier's settings are chosen there
     test_fraction: OpenFraction = 0.4  # of the prompt documents; nothing is chosen there

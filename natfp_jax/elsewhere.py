@@ -66,6 +66,8 @@ def attribute(
     Raises:
       UserError: the file or its texts cannot be used, or the folder has such a classifier.
     """
+    if folder is not None and "encoder" in settings.classifiers:
+        raise UserError(f"--save {folder}: an encoder is not stored; leave out --save or the classifier encoder")
     given = read(path, columns)
     apart = [n for n, label in enumerate(given.labels) if label == others]
     if others is not None and not apart:

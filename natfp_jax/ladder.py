@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from natfp_jax import classify, config, reading
 from natfp_jax.classify import Features
+from natfp_jax.encoder import Encoder
 from natfp_jax.errors import UserError
 from natfp_jax.language_models import LanguageModels
 from natfp_jax.reader import Reader
-from natfp_jax.reading import TextReader
 
-__all__ = ["READERS", "Counted", "Judged", "Read", "Rung", "Task", "prepare"]
+__all__ = ["NETWORKS", "Counted", "Judged", "Read", "Rung", "Task", "prepare"]
 
 TELLING = 20  # pieces listed for each class
-READERS: dict[str, type[TextReader]] = {"lm": LanguageModels, "transformer": Reader}
+NETWORKS = ("lm", "transformer", "encoder")  # what is trained anew for each comparison
 
 
 class Tokenizer(classify.Tokenizer, reading.Tokenizer, Protocol):
@@ -57,7 +57,7 @@ class Judged:
 
     Attributes:
       probabilities_NK: of each class.
-      chosen: what the validation part chose.
+      chosen: what the validation part chose; of a network, after how many looks at it training ended best.
       telling: the pieces that speak most for each class, strongest first; empty where a rung has no such pieces.
       classifier: what was fitted, from texts to classes, with the same probabilities.
     """
@@ -136,9 +136,16 @@ class Read:
         def part(mask_N: NDArray[np.bool_]) -> tuple[list[str], list[int]]:
             return [self.texts[row] for row in task.rows[mask_N]], task.labels_N[mask_N].tolist()
 
-        reader = READERS[self.kind](self.tokenizer, seed=settings.split_seed)
-        fitted = reader.fit(*part(task.training_N), validation=part(task.validation_N))
-        return Judged(fitted.predict_proba(part(task.test_N)[0]), {"epochs": fitted.epoch_ + 1}, [], fitted)
+        network = self._unfitted(settings).fit(*part(task.training_N), validation=part(task.validation_N))
+        looks = int(np.argmin(network.losses_)) + 1
+        return Judged(network.predict_proba(part(task.test_N)[0]), {"looks": looks}, [], network)
+
+    def _unfitted(self, settings: config.Attribution) -> LanguageModels | Reader | Encoder:
+        if self.kind == "encoder":
+            if settings.encoder is None:
+                raise UserError("the classifier encoder has no weights: give attribution.encoder, a local folder that has them")
+            return Encoder(settings.encoder, seed=settings.split_seed)
+        return {"lm": LanguageModels, "transformer": Reader}[self.kind](self.tokenizer, seed=settings.split_seed)
 
 
 def prepare(kind: Any, texts: Sequence[str], tokenizer: Tokenizer) -> Rung:
@@ -152,6 +159,6 @@ def prepare(kind: Any, texts: Sequence[str], tokenizer: Tokenizer) -> Rung:
     Raises:
       UserError: pieces are counted, and no text has one.
     """
-    if kind in READERS:
+    if kind in NETWORKS:
         return Read(kind, texts, tokenizer)
     return Counted(classify.featurise(kind, texts, tokenizer))

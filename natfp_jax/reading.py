@@ -34,7 +34,17 @@ from natfp_jax.errors import UserError
 from natfp_jax.optim import Hyperparameters
 from natfp_jax.params import Params, Spec
 
-__all__ = ["Network", "Rows", "TextReader", "Tokenizer", "early_stopped", "scores", "trained"]
+__all__ = [
+    "Network",
+    "Parted",
+    "Rows",
+    "TextReader",
+    "Tokenizer",
+    "early_stopped",
+    "parted",
+    "scores",
+    "trained",
+]
 
 HELD = 0.15  # of the texts, for validation where none are given
 _EIGHT = 8  # row lengths are multiples of it, so that blocks of a batch's logits come out even
@@ -94,6 +104,55 @@ def _rows(ragged: Sequence[Sequence[int]], tokens: int) -> Rows:
         length_N[n] = min(len(row), tokens + 1)
         ids_NT[n, : length_N[n]] = row[: tokens + 1]
     return Rows(ids_NT, length_N)
+
+
+class Parted(NamedTuple):
+    """The texts of a fit, each part in the order of its texts, and the numbers of their classes."""
+
+    classes: NDArray[Any]
+    training: tuple[list[str], NDArray[np.integer]]
+    validation: tuple[list[str], NDArray[np.integer]]
+
+
+def parted(
+    texts: Sequence[str], labels: Sequence[Any], validation: tuple[Sequence[str], Sequence[Any]] | None, seed: int
+) -> Parted:
+    """What a fit trains on and validates with.
+
+    Args:
+      texts: to train on.
+      labels: the class of each.
+      validation: texts and labels; None: about a seventh of `texts`, by a hash of the text and the seed.
+      seed: of that hash.
+
+    Raises:
+      UserError: there are fewer than two classes, no texts to train on or to validate with, or validation texts of other
+        classes.
+    """
+    texts, named = _pairs(texts, labels)
+    if validation is None:
+        held_N = stats.split(texts, seed, HELD, 0.0) == "validation"
+        others, other_named = [texts[n] for n in np.flatnonzero(held_N)], named[held_N]
+        texts, named = [texts[n] for n in np.flatnonzero(~held_N)], named[~held_N]
+    else:
+        others, other_named = _pairs(*validation)
+    classes, label_N = np.unique(named, return_inverse=True)
+    if len(classes) < 2:
+        raise UserError(
+            f"a classifier needs texts of two classes to train on, got {len(texts)} of {classes.tolist()}; give more texts"
+        )
+    if not len(others) or not np.isin(other_named, classes).all():
+        raise UserError(
+            f"got {len(others)} validation texts of {np.unique(other_named).tolist()}, expected some, of the classes "
+            f"to train on {classes.tolist()}; give more texts"
+        )
+    held_label_N = np.searchsorted(classes, other_named)
+    return Parted(classes, _ordered(texts, label_N), _ordered(others, held_label_N))
+
+
+def _ordered(texts: list[str], label_N: NDArray[np.integer]) -> tuple[list[str], NDArray[np.integer]]:
+    order = sorted(range(len(texts)), key=lambda n: (texts[n], label_N[n]))
+    return [texts[n] for n in order], label_N[order]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -176,15 +235,16 @@ def trained(
 
 
 def early_stopped(
-    trees: Iterator[Params], judge: Callable[[Params], float], patience: int, rate: str
+    trees: Iterator[Params], judge: Callable[[Params], float], patience: int, rate: str, judged: str = "epoch"
 ) -> tuple[Params, list[float]]:
     """The parameters of the least loss, and the losses, until so many epochs on end have brought nothing better.
 
     Args:
-      trees: the parameters after each epoch.
+      trees: the parameters after each epoch, or whatever is judged.
       judge: their loss.
       patience: how many epochs on end may bring nothing better.
       rate: the learning rate, as a message names it.
+      judged: what comes before each of `trees`, as a message names it.
 
     Raises:
       UserError: a loss is not finite.
@@ -194,7 +254,7 @@ def early_stopped(
         losses.append(judge(tree))
         if not np.isfinite(losses[-1]):
             raise UserError(
-                f"the classifier's validation loss is {losses[-1]} after epoch {len(losses)}, expected a finite number; "
+                f"the classifier's validation loss is {losses[-1]} after {judged} {len(losses)}, expected a finite number; "
                 f"lower its {rate}"
             )
         if min(losses) < min(losses[:-1], default=np.inf):
@@ -271,30 +331,10 @@ class TextReader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
           UserError: there are fewer than two classes, no texts to train on or to validate with, or validation texts of
             other classes.
         """
-        texts, named = _pairs(texts, labels)
-        if validation is None:
-            held_N = stats.split(texts, self.seed, HELD, 0.0) == "validation"
-            others, other_named = [texts[n] for n in np.flatnonzero(held_N)], named[held_N]
-            texts, named = [texts[n] for n in np.flatnonzero(~held_N)], named[~held_N]
-        else:
-            others, other_named = _pairs(*validation)
-        self.classes_, label_N = np.unique(named, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise UserError(
-                f"a classifier needs texts of two classes to train on, got {len(texts)} of {self.classes_.tolist()}; "
-                "give more texts"
-            )
-        if not len(others) or not np.isin(other_named, self.classes_).all():
-            raise UserError(
-                f"got {len(others)} validation texts of {np.unique(other_named).tolist()}, expected some, of the classes "
-                f"to train on {self.classes_.tolist()}; give more texts"
-            )
-        order = sorted(range(len(texts)), key=lambda n: (texts[n], label_N[n]))
-        ragged = _ragged([texts[n] for n in order], self.tokenizer, self.tokens)
+        self.classes_, (known, label_N), (others, held_label_N) = parted(texts, labels, validation, self.seed)
+        ragged = _ragged(known, self.tokenizer, self.tokens)
         self.tokens_ = min(self.tokens, -(-(max(map(len, ragged)) - 1) // _EIGHT) * _EIGHT)
-        order_held = sorted(range(len(others)), key=lambda n: (others[n], other_named[n]))
-        held = _rows(_ragged([others[n] for n in order_held], self.tokenizer, self.tokens_), self.tokens_)
-        held_label_N = np.searchsorted(self.classes_, other_named[order_held])
+        held = _rows(_ragged(others, self.tokenizer, self.tokens_), self.tokens_)
 
         def judge(tree: Params) -> float:
             score_NK = self._scores(tree, held)
@@ -302,7 +342,7 @@ class TextReader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 return float("nan")
             return log_loss(best_scale(score_NK, held_label_N) * score_NK, held_label_N)
 
-        self.params_, self.losses_ = self._learn(_rows(ragged, self.tokens_), label_N[order], judge)
+        self.params_, self.losses_ = self._learn(_rows(ragged, self.tokens_), label_N, judge)
         self.epoch_ = int(np.argmin(self.losses_))
         self.scale_ = best_scale(self._scores(self.params_, held), held_label_N)
         return self

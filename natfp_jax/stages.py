@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from natfp_jax import attribution, config, files, processes, scoring, texts
+from natfp_jax import attribution, config, encoder, files, processes, scoring, texts
 from natfp_jax.analysis import Analysis
 from natfp_jax.cohort import fitting, standing
 from natfp_jax.config import Study
@@ -69,7 +69,21 @@ class Work(Workspace):
         # What is wrong with the prompts is known before hours of training; their file may be another one elsewhere.
         processes.agree({"prompts": self.prompts.sha256})
         _ = self.longest_prompt
+        self._encoder()
         processes.led(lambda: self._write_arms(listed))
+
+    def _encoder(self) -> dict[str, str]:
+        """The sha256 of the files of the pretrained encoder, where the study asks for one; it is used by the first process.
+
+        Raises:
+          UserError: there is none, or what it needs is not installed.
+        """
+        folder = self.study.attribution.encoder
+        if "encoder" not in self.study.attribution.classifiers:
+            return {}
+        if folder is None:
+            raise UserError("attribution.classifiers names an encoder: give attribution.encoder, a local folder that has one")
+        return processes.led(lambda: encoder.identity(Path(folder)))
 
     def _write_arms(self, listed: dict[str, Any]) -> None:
         path = self.folder / "arms.json"
@@ -161,6 +175,7 @@ class Work(Workspace):
         """Scores every comparison, unless that was done with the same texts and settings."""
         wanted, path = draws(self.study), self.folder / "attribution.json"
         drawn_files = [one for draw_of in wanted for one in self.draw_paths(draw_of)]
+        pretrained = self._encoder()
 
         def undone() -> str | None:
             """The hash of all inputs, if nothing is attributed of them."""
@@ -173,6 +188,7 @@ class Work(Workspace):
                     "recipe": _RECIPE,
                     "draws": {name: [record["inputs"], record["texts"]] for name, record in records.items()},
                     "settings": config.to_json(self.study.attribution),
+                    **({"encoder": pretrained} if pretrained else {}),
                 }
             )
             if path.exists() and files.read_remade(path).get("inputs") == inputs:

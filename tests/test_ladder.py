@@ -11,7 +11,10 @@ from natfp_jax import ladder
 from natfp_jax.config import Attribution
 from natfp_jax.errors import UserError
 from natfp_jax.ladder import Task
+from natfp_jax.language_models import LanguageModels
+from natfp_jax.reader import Reader
 
+NETWORKS = {"lm": LanguageModels, "transformer": Reader}
 SETTINGS = Attribution(regularisation=(0.1,))
 
 
@@ -45,9 +48,9 @@ def test_a_network_is_the_estimator_fitted_on_the_parts(kind, chains):
     def part(mask_N):
         return texts[mask_N].tolist(), task.labels_N[mask_N]
 
-    alone = ladder.READERS[kind](Letters(), seed=5).fit(*part(task.training_N), validation=part(task.validation_N))
+    alone = NETWORKS[kind](Letters(), seed=5).fit(*part(task.training_N), validation=part(task.validation_N))
     assert (found.probabilities_NK == alone.predict_proba(part(task.test_N)[0])).all()
-    assert found.chosen == {"epochs": alone.epoch_ + 1}
+    assert found.chosen == {"looks": alone.epoch_ + 1}
 
 
 @pytest.mark.parametrize("kind", ["subwords", "words", "ngrams", "lm"])
@@ -78,3 +81,8 @@ def test_a_network_needs_texts_of_two_classes(chains):
     one = replace(task, labels_N=np.zeros_like(task.labels_N))
     with pytest.raises(UserError, match="texts of two classes"):
         ladder.prepare("lm", chains.texts, Letters()).judge(one, SETTINGS)
+
+
+def test_an_encoder_needs_a_folder(chains):
+    with pytest.raises(UserError, match=r"give attribution\.encoder"):
+        ladder.prepare("encoder", chains.texts, Letters()).judge(task_of(chains), SETTINGS)
