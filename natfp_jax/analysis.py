@@ -73,8 +73,9 @@ class Analysis:
           expected: what the models of each grid expect next.
         """
         told, fractions = decisive(self.work.comparisons), self.settings.learning_curve
+        learnt = [one for one in told if fractions and one.factor not in NO_FACTORS]
         judges = {place: self._judges(one) for place, one in enumerate(self.work.comparisons)}
-        steps = sum(map(len, judges.values())) + len(fractions) * len(told) * len(self.settings.classifiers)
+        steps = sum(map(len, judges.values())) + len(fractions) * len(learnt) * len(self.settings.classifiers)
         compared, worded, curves, by_pair = Rows(), Rows(), Rows(), _Pairs()
         with self.work.progress.task("attribute", steps, "classifiers") as advance:
             for place, one in enumerate(self.work.comparisons):
@@ -89,11 +90,12 @@ class Analysis:
                         continue
                     if isinstance(rung, Counted) and rung.kind != "ngrams":  # runs share columns
                         worded.append({**_named(one), **asdict(wording(rung.features, texts, self.settings))})
+                    if one not in learnt:
+                        continue
                     for fraction in fractions:
                         curves.append(_point(one, self._attributed(rung, texts, bound, fraction).result, bound))
                         advance(1)
-                    if fractions:
-                        curves.append(_point(one, verdict.result, bound))
+                    curves.append(_point(one, verdict.result, bound))
         for row, p_holm in zip(compared, stats.holm([row["p_value"] for row in compared]), strict=True):
             row["p_holm"] = float(p_holm)
         crossed = [self._texts(one) for one in grids]

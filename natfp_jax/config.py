@@ -319,7 +319,7 @@ class Attribution(Strict):
         0.1,
         1.0,
     )  # values of C to choose from
-    learning_curve: tuple[OpenFraction, ...] = ()  # of the training documents; the pooled comparisons are learnt from each
+    learning_curve: tuple[OpenFraction, ...] = ()  # of the training documents; each factor's answer is learnt from each
     permutations: Annotated[int, pydantic.Field(ge=9_999)] = 9_999
     bootstraps: Annotated[int, pydantic.Field(ge=999)] = 2_000
 

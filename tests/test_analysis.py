@@ -22,7 +22,7 @@ STUDY = Study(
     ),
     factors=(Factor("seeds.init", (0, 1, 2, 3, 4)),),
     sampling=Sampling(prompts=150, prompt_chars=20, new_tokens=8, batch=64, checkpoints=(0.0, 1.0)),
-    attribution=Attribution(classifiers=("subwords", "ngrams", "lm"), learning_curve=(0.25,), bootstraps=999),
+    attribution=Attribution(classifiers=("subwords", "ngrams", "transformer"), learning_curve=(0.25,), bootstraps=999),
 )
 ALL = STUDY.attribution.classifiers
 
@@ -62,8 +62,8 @@ def test_networks_judge_what_the_answer_rests_on_and_the_others_judge_everything
         kind: {(row["name"], row["checkpoint"]) for row in summary["comparisons"] if row["classifier"] == kind} for kind in ALL
     }
     assert of["subwords"] == of["ngrams"] == {(one.name, one.step) for one in comparisons(STUDY)}
-    assert of["lm"] == {(name, step) for name in ("init (pooled)", "null of init0") for step in (0, 8)}
-    assert all(row["telling"] == {} for row in summary["comparisons"] if row["classifier"] == "lm")
+    assert of["transformer"] == {(name, step) for name in ("init (pooled)", "null of init0") for step in (0, 8)}
+    assert all(row["telling"] == {} for row in summary["comparisons"] if row["classifier"] == "transformer")
 
 
 def test_a_learning_curve_ends_in_the_comparison_itself(finished):
@@ -71,7 +71,7 @@ def test_a_learning_curve_ends_in_the_comparison_itself(finished):
     curves = {}
     for row in summary["curves"]:
         curves.setdefault((row["name"], row["checkpoint"], row["classifier"]), []).append(row)
-    assert {(name, step) for name, step, _ in curves} == {("init (pooled)", 8), ("null of init0", 8)}
+    assert {(name, step) for name, step, _ in curves} == {("init (pooled)", 8)}
     for (name, step, kind), points in curves.items():
         (whole,) = (
             row for row in summary["comparisons"] if (row["name"], row["checkpoint"], row["classifier"]) == (name, step, kind)
@@ -93,7 +93,7 @@ def test_what_each_classifier_cost_is_told(finished):
         last = sum(
             row["training_texts"] + row["test_texts"]
             for row in rows
-            if "p_value" in row and row["checkpoint"] == 8 and row["name"] in ("init (pooled)", "null of init0")
+            if "p_value" in row and row["checkpoint"] == 8 and row["name"] == "init (pooled)"
         )
         assert cost["texts"] == whole + curve - last  # the last point of a curve is the comparison itself
 
