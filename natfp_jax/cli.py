@@ -318,6 +318,71 @@ def status(out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR
         console.print(one)
 
 
+def power(
+    classes: Annotated[int | None, tyro.conf.arg(metavar="M")] = None,
+    excess: Annotated[float | None, tyro.conf.arg(metavar="E")] = None,
+    texts: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    power: Annotated[float, tyro.conf.arg(metavar="P")] = 0.8,
+    alpha: float = 0.05,
+    tests: Annotated[int | None, tyro.conf.arg(metavar="T")] = None,
+    design_effect: Annotated[float | None, tyro.conf.arg(metavar="D")] = None,
+    permutations: Annotated[int | None, tyro.conf.arg(metavar="B")] = None,
+    test_fraction: Annotated[float | None, tyro.conf.arg(metavar="F")] = None,
+    pilot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+) -> None:
+    """Says how many held-out texts detect an excess of accuracy over chance, and what so many texts can detect.
+
+    With --excess: the texts that it takes; with --texts: the least excess that they detect; with both: how surely they do;
+    with neither: a few excesses. With --pilot: the same of every result that a pilot study rests on.
+
+    Example: natfp power --classes 2 --excess 0.02 --tests 32
+
+    Args:
+      classes: the sources to be told apart; 2, if left out.
+      excess: accuracy less chance, as 0.02.
+      texts: of the test part, of all classes together.
+      power: the probability that is wanted of finding what is there.
+      alpha: the error of the whole family of tests, each one-sided.
+      tests: how many the family has, by Holm; left out: 1, or those of the pilot.
+      design_effect: how many times the variance of the accuracy is that of as many independent texts; 1, if left out.
+      permutations: attribution.permutations; left out: 9999.
+      test_fraction: attribution.test_fraction; left out: 0.4.
+      pilot: report/summary.json of a study, which says all of this but power, alpha and tests.
+    """
+    from natfp_jax import planning
+    from natfp_jax.config import Attribution
+    from natfp_jax.power import Plan
+
+    console = _console()
+    own = {
+        "classes": classes,
+        "excess": excess,
+        "texts": texts,
+        "design_effect": design_effect,
+        "permutations": permutations,
+        "test_fraction": test_fraction,
+    }
+    if pilot is not None:
+        if given := [f"--{name}" for name, value in own.items() if value is not None]:
+            raise UserError(f"--pilot has its own numbers: leave out {', '.join(given)}")
+        console.print(planning.of_pilot(pilot, alpha, power, tests))
+        return
+    usual = Attribution()
+    plan = Plan(
+        classes=2 if classes is None else classes,
+        alpha=alpha,
+        tests=1 if tests is None else tests,
+        permutations=usual.permutations if permutations is None else permutations,
+        design_effect=1.0 if design_effect is None else design_effect,
+    )
+    fraction = usual.test_fraction if test_fraction is None else test_fraction
+    if texts is not None:
+        console.print(planning.measured(plan, texts, excess, power, fraction))
+        return
+    excesses = [some for some in planning.EXCESSES if some <= plan.most] if excess is None else [excess]
+    console.print(planning.needed(plan, excesses, power, fraction))
+
+
 def audit(
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")] = _OUT,
     /,
@@ -490,7 +555,8 @@ def _told(error: BaseException, quiet: bool = False) -> int:
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    verbs = {verb.__name__: verb for verb in (run, train, sample, attribute, predict, report, status, audit, generate, export)}
+    every = (run, train, sample, attribute, predict, report, status, power, audit, generate, export)
+    verbs = {verb.__name__: verb for verb in every}
     try:
         tyro.extras.subcommand_cli_from_dict(
             verbs,

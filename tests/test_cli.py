@@ -117,7 +117,7 @@ def test_a_signal_outside_of_training_ends_the_process_at_once_and_says_how_to_g
 def test_help_names_every_verb_and_option():
     said = natfp("--help")
     assert said.returncode == 0
-    for verb in ("run", "train", "sample", "attribute", "report", "status"):
+    for verb in ("run", "train", "sample", "attribute", "report", "status", "power"):
         assert verb in said.stdout
     said = natfp("run", "--help")
     assert said.returncode == 0
