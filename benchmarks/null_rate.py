@@ -110,15 +110,20 @@ class Model:
         )
 
 
-def judged(pair: Pair, kind: str, seed: int, tokenizer: Any) -> Any:
-    """The verdict of one classifier on two draws."""
+def judged(pair: Pair, kind: str, seed: int, tokenizer: Any, mixed: bool = False) -> Any:
+    """The verdict of one classifier on two draws; `mixed`: with their texts in an order that says nothing of them."""
+    from natfp_jax import rng
     from natfp_jax.attribution import Comparison, attribute
     from natfp_jax.config import Attribution
     from natfp_jax.ladder import prepare
 
     drawn, count = [*pair.texts[0], *pair.texts[1]], len(pair.prompts)
     labels = ["draw 0"] * count + ["draw 1"] * count
-    comparison = Comparison(f"null {seed}", np.arange(2 * count), labels, pair.prompts * 2, pair.documents * 2)
+    columns = [np.arange(2 * count), np.array(labels), np.array(pair.prompts * 2), np.array(pair.documents * 2)]
+    if mixed:
+        order = rng.generator(seed, "null rate", "order").permutation(2 * count)
+        columns = [column[order] for column in columns]
+    comparison = Comparison(f"null {seed}", columns[0], *(column.tolist() for column in columns[1:]))
     return attribute(prepare(kind, drawn, tokenizer), comparison, Attribution(split_seed=seed))
 
 
@@ -162,16 +167,17 @@ def caught(model: Model, number: int) -> dict[str, bool]:
     coupled = model.pair(number, shared=True)
     same_N = coupled.first_ids[0] == coupled.first_ids[1]
     found["noise shared between draws"] = agreement_p(same_N, coupled.first_chance_N) < 0.01
-    honest = model.pair(number)
-    # Every other prompt's text is left out of one draw and of the other in turn: the place says the label.
-    rows = np.arange(PROMPTS)
-    labels = ["draw 0" if row % 2 else "draw 1" for row in rows]
+    # The first half of the prompts is of one draw, the second of the other: the place says the label, and so does the prompt.
+    honest, half = model.pair(number), PROMPTS // 2
+    labels = ["draw 0"] * half + ["draw 1"] * (PROMPTS - half)
     try:
-        Comparison("by position", rows, labels, honest.prompts, honest.documents)
+        Comparison("by position", np.arange(PROMPTS), labels, honest.prompts, honest.documents)
+        refused = False
     except ValueError:
-        found["labels by position"] = True
-    else:
-        found["labels by position"] = False
+        refused = True
+    # Labels that follow one another in a file, as they do in every draw: their places must tell nothing.
+    ordered, mixed = (judged(honest, "subwords", number, tokenizer, mixed=mixed).result for mixed in (False, True))
+    found["labels by position"] = refused and (ordered.confusion, ordered.p_value) == (mixed.confusion, mixed.p_value)
     return found
 
 
@@ -221,13 +227,9 @@ def row_of(kind: str, p_values: Sequence[float], spread: Sequence[float]) -> dic
 
 def measured(linear: int, neural: int, leaks: int, told: Callable[[str], None]) -> dict[str, Any]:
     """All nulls and leaks, on every core."""
-    from natfp_jax.progress import Progress
-    from natfp_jax.stages import Work
-
     with tempfile.TemporaryDirectory() as place:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             pool.submit(_train, place).result()
-        del Progress, Work
         cores = len(os.sched_getaffinity(0))
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         context = multiprocessing.get_context("spawn")

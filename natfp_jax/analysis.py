@@ -74,13 +74,13 @@ class Analysis:
         """
         told, fractions = decisive(self.work.comparisons), self.settings.learning_curve
         learnt = [one for one in told if fractions and one.factor not in NO_FACTORS]
-        judges = {place: self._judges(one) for place, one in enumerate(self.work.comparisons)}
-        steps = sum(map(len, judges.values())) + len(fractions) * len(learnt) * len(self.settings.classifiers)
+        judges = self._judges()
+        steps = sum(map(len, judges)) + len(fractions) * len(learnt) * len(self.settings.classifiers)
         compared, worded, curves, by_pair = Rows(), Rows(), Rows(), _Pairs()
         with self.work.progress.task("attribute", steps, "classifiers") as advance:
-            for place, one in enumerate(self.work.comparisons):
+            for one, kinds in zip(self.work.comparisons, judges, strict=True):
                 texts, bound = self._comparison(one), self._ceiling(one, likelihoods)
-                for kind in judges[place]:
+                for kind in kinds:
                     rung = self.rungs[one.length][kind]
                     verdict = self._attributed(rung, texts, bound)
                     advance(1)
@@ -112,10 +112,10 @@ class Analysis:
 
     # --- comparisons ---
 
-    def _judges(self, one: Comparison) -> list[str]:
-        """The classifiers of a comparison: networks take a training each, and are kept for what the answer rests on."""
-        every = self.settings.classifiers
-        return [kind for kind in every if kind not in NETWORKS or one in answers(self.work.comparisons)]
+    def _judges(self) -> list[list[str]]:
+        """The classifiers of each comparison: networks take a training each, and are kept for what the answer rests on."""
+        every, answering = self.work.comparisons, {id(one) for one in answers(self.work.comparisons)}
+        return [[kind for kind in self.settings.classifiers if kind not in NETWORKS or id(one) in answering] for one in every]
 
     def _attributed(
         self, rung: Rung, texts: attribution.Comparison, bound: Ceiling, fraction: float = 1.0

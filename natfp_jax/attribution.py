@@ -52,8 +52,8 @@ class Comparison:
       prompts: the prompt of each text.
       documents: the document that the prompt of each text comes from.
       sources: what drew each text, where a class pools several; left out: its class.
-      whole: the texts of one class at a prompt are one document, of which there is no other at the prompt: their labels are
-        permuted together.
+      whole: texts of one class at a prompt are alike for other reasons than their class, as those of one document are: their
+        labels are permuted together.
 
     Raises:
       ValueError: lengths differ, there are fewer than two classes, a prompt is of two documents, or the classes do not have
@@ -127,9 +127,9 @@ def tried(
 
 @dataclass(frozen=True)
 class Pooled:
-    """Decisions on several texts of one source, each text at another prompt."""
+    """Decisions on several texts of one source, at several prompts."""
 
-    texts: int  # of one decision
+    texts: int  # of one decision, in the mean
     decisions: int
     accuracy: float
     ci95: tuple[float, float]  # percentile interval, groups of prompts resampled
@@ -218,6 +218,12 @@ def task(comparison: Comparison, settings: config.Attribution, fraction: float =
     test_N = parts_N == "test"
     known_N = ~test_N & stats.thinned(comparison.documents, settings.split_seed, fraction)
     training_N, validation_N = ((parts_N == part) & known_N for part in ("training", "validation"))
+    named = np.asarray(comparison.documents)
+    if min(len(np.unique(named[part_N])) for part_N in (training_N, validation_N)) < LEAST_DOCUMENTS:
+        raise UserError(
+            f"comparison {comparison.name}: of {fraction:g} of the documents to learn from too few are left, each part needs "
+            f"{LEAST_DOCUMENTS}; raise sampling.prompts, or the least of attribution.learning_curve {settings.learning_curve}"
+        )
     tried_N = tried(comparison.documents, settings, known_N, fraction)
     return Task(f"comparison {comparison.name}", comparison.rows, labels_N, training_N, validation_N, test_N, tried_N)
 
@@ -312,12 +318,12 @@ def _pooled(
     while prompts // size >= LEAST_GROUPS:
         # Whatever is judged, a classifier or the ceiling, has the same groups.
         groups = rng.generator(settings.split_seed, "attribution", comparison.name, "groups", size)
-        sums_GK, labels_G, groups_G = stats.summed(
-            log_NK, labels_N, sources_N, stats.grouped(prompts_N, documents_N, size, groups)
-        )
+        grouped_N = stats.grouped(prompts_N, documents_N, size, groups)
+        sums_GK, labels_G, groups_G = stats.summed(log_NK, labels_N, sources_N, grouped_N)
         score_G = score(sums_GK, labels_G)
         ci95 = stats.bootstrap_interval(score_G, groups_G, random(f"pooled {size}"), settings.bootstraps)
-        found.append(Pooled(size, len(score_G), float(score_G.mean()), ci95))
+        each = int(np.count_nonzero(grouped_N >= 0)) // len(score_G)  # a source may have several texts at a prompt
+        found.append(Pooled(each, len(score_G), float(score_G.mean()), ci95))
         size *= 4
     return found
 

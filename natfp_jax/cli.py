@@ -103,7 +103,7 @@ def _stages(study: Study, how: How, stages: tuple[str, ...], stop: Stop) -> dict
                 with work.claimed():
                     work.corpus()
                     if "attribute" in stages:
-                        _ = work.test_rows  # too few documents are known before hours of training
+                        _ = work.test_rows, work.encoder_files  # what is lacking is known before hours of training
                     for stage in stages:
                         getattr(work, stage)()
                     if "attribute" in stages or not stages:

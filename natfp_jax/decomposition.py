@@ -40,7 +40,7 @@ from scipy import sparse
 from scipy.special import entr
 
 from natfp_jax import stats
-from natfp_jax.wording import LEAST_DOCUMENTS, by_document, spread
+from natfp_jax.counts import LEAST_DOCUMENTS, by_document, spread
 
 __all__ = [
     "Component",
@@ -166,15 +166,15 @@ def frequency_distances(
       random: where the resampling comes from.
 
     Raises:
-      ValueError: a half has no document.
+      ValueError: there are fewer than four documents.
     """
     names, document_N = np.unique(np.asarray(documents_N), return_inverse=True)
     looked_V = np.flatnonzero(spread(counts_NV, names[document_N]) >= LEAST_DOCUMENTS)
     uses_DAV = by_document(counts_NV, looked_V, arms_N, names[document_N])
-    first_D = stats.thinned(names.tolist(), seed, 0.5)
+    first_D = stats.first_documents(names.tolist(), seed, len(names) // 2)
     halves = [np.flatnonzero(first_D), np.flatnonzero(~first_D)]
-    if min(map(len, halves)) == 0:
-        raise ValueError(f"got {len(names)} documents, expected some in both halves")
+    if len(names) < 4:
+        raise ValueError(f"got {len(names)} documents, expected 4 or more: two in both halves")
     shape = int(arms_N.max()) + 1, len(looked_V) + 1
     half_HDAV = [uses_DAV[half] for half in halves]
 

@@ -266,4 +266,6 @@ def _loaded(folder: str | Path, classes: int) -> tuple[Any, Any]:
     except Exception as error:  # of many kinds, as the folder's files are
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder} cannot be read as an encoder ({reason}): give one that transformers load") from None
+    if tokenizer.pad_token is None or model.config.pad_token_id is None:
+        raise UserError(f"{folder} pads no rows, as decoders do not: give an encoder, such as DeBERTaV3's")
     return tokenizer, model.to(device)

@@ -83,7 +83,7 @@ def courses(found: Mapping[str, Mapping[str, Mapping[str, Course]]]) -> Figure:
     """How accuracies and ceilings go with the training step, the texts to learn from, their length and their number.
 
     Args:
-      found: comparison → what it goes with → line → its course, as `findings.courses` gives it.
+      found: comparison → what it goes with → line → its course, as `courses.courses` gives it.
     """
     across = list(dict.fromkeys(along for panels in found.values() for along in panels))
     kinds = [

@@ -85,7 +85,7 @@ def headline(summary: Summary) -> str:
         return str(summary["study"])
     fields = ", ".join(dict.fromkeys(f"{field} ({one['stage']})" for one in differ for field in one["fields"]))
     count = len({(one["comparison"], one["checkpoint"]) for one in differ})
-    total = len({(titled(row), row["checkpoint"]) for row in summary["comparisons"]})
+    total = max(count, len({(titled(row), row["checkpoint"]) for row in summary["comparisons"]}))
     return (
         f"{summary['study']}: WARNING, in {count} of {total} comparisons the arms do not share the numerics record; they "
         f"differ in {fields}, which may be what is recognised"
@@ -235,8 +235,9 @@ def coverage(summary: Summary) -> list[str]:
     """What the numbers cover, and what they do not."""
     settings, (least, least_holm) = summary["settings"]["attribution"], _least_p(summary)
     return [
-        "Accuracy is of texts that no choice was made on: the classifiers are fitted on the training part and their penalty is "
-        "chosen on the validation part; no document is on two sides.",
+        "Accuracy is of texts that no choice was made on. The penalty of a classifier of counts is chosen on the validation "
+        "part, and it is then fitted on the training and validation parts; a network is fitted on the training part, and the "
+        "validation part says when to stop. No document is on two sides.",
         "The p-value permutes the labels among the texts of one prompt, the classifier fixed; the interval resamples "
         f"documents ({settings['bootstraps']} times, 95 %). Both cover the choice of the test texts. They do not cover the "
         "training of the classifier, nor that of the models: another run of the same level may read otherwise.",
@@ -249,10 +250,16 @@ def coverage(summary: Summary) -> list[str]:
         "and for the ceiling, and the interval resamples groups.",
         "Accuracies of comparisons with different numbers of classes are not comparable; AUC (mean over pairs of classes) and "
         "bits per text (log2 of the classes less the log-loss; negative where the classifier is worse than a guess) are.",
-        *([_APART, _COMPONENTS] if summary["apart"] else []),
+        *([_APART] if summary["apart"] else []),
+        *([_COMPONENTS] if summary["components"] else []),
+        *([_LEVELS] if summary["levels"] else []),
     ]
 
 
+_LEVELS = (
+    "Two levels in general: the interval resamples levels and documents. Of five to ten levels that differ much it is a little "
+    "too narrow: in simulations a nominal 95 % covers 88 to 92 %."
+)
 _APART = (
     "A factor apart: the classifier was shown neither the runs that it is asked about nor their documents. The p-value "
     "exchanges the labels of the runs within every combination of the other factors, so it is over runs, which that of a "

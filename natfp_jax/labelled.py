@@ -22,6 +22,7 @@ from natfp_jax.records import rows, text_of, whole
 __all__ = ["SUFFIXES", "Columns", "Labelled", "Matched", "matched", "read"]
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
+MOST = 100  # texts of a class at one prompt: the exact law of many more takes long, and what counts is prompts
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Matched:
       prompts: of each, the prompt that it continues, or the match that stands for one.
       documents: of each, the cluster that lies in one part of the split: texts of two clusters share neither prompt,
         document nor wording.
-      whole: the texts of one class at a prompt are of one document, and their labels go together.
+      whole: texts of one class at a prompt are of one document, or may be: their labels go together.
       notes: what a reader must know of it.
     """
 
@@ -121,7 +122,8 @@ def matched(found: Labelled) -> Matched:
     """Puts the texts of the classes side by side, equally many of each, so that chance is 1/K whatever is guessed.
 
     With prompts: at each prompt every class keeps as many texts as the class with fewest has there. Without prompts, where
-    documents have texts of several classes, these take the place of prompts.
+    documents have texts of several classes, these take the place of prompts if
+    that keeps more texts.
 
     Else texts are not paired, and whole documents are: every class keeps as many documents as the class with fewest, and
     they are matched at random, one of each class, with equally many texts. If labels mean nothing, contents are exchangeable
@@ -144,32 +146,22 @@ def matched(found: Labelled) -> Matched:
         notes.append(f"no document column: every {of} counts as a document of its own")
     stripped = [text.strip() for text in found.texts]
     named = stripped if found.documents is None else found.documents
-    pairs = found.prompts
-    if pairs is None and found.documents is not None and len(set(zip(named, found.labels, strict=True))) > len(set(named)):
-        pairs = found.documents
-    places: dict[str, dict[str, list[int]]]  # prompt → class → rows
-    if pairs is not None:
-        places = _nested(pairs, found.labels)
+    if found.prompts is not None:
+        kept = _equal(_nested(found.prompts, found.labels), classes, found.texts)
     else:
-        places = {}
-        each = _nested(found.labels, named)
+        each, places = _nested(found.labels, named), dict[str, dict[str, list[int]]]()
         for match in zip(*(sorted(each[label], key=_hash) for label in classes), strict=False):
             rows_of = {label: each[label][one] for label, one in zip(classes, match, strict=True)}
             places[_hash("\0".join(match))[:16]] = rows_of
-    kept: list[tuple[int, str]] = []
-
-    def order(n: int) -> str:
-        return _hash(found.texts[n])
-
-    for name, some in places.items():
-        fewest = min(len(some.get(label, ())) for label in classes)
-        kept += [(n, name) for label in classes for n in sorted(some.get(label, ()), key=order)[:fewest]]
+        kept = _equal(places, classes, found.texts)
+        if found.documents is not None:
+            within = _equal(_nested(found.documents, found.labels), classes, found.texts)
+            kept = max(within, kept, key=len)
     if not kept:
         raise UserError(
             "no prompt has texts of every label, so that the prompt may be what is recognised: give texts of all labels at the "
             "same prompts, or --prompt-key '' --document-key '' to compare them in spite of it"
         )
-    kept.sort()
     index, prompts = [n for n, _ in kept], [place for _, place in kept]
     if left := len(found.texts) - len(kept):
         notes.append(f"{left} of {len(found.texts)} texts are left out, so that every label has equally many to compare")
@@ -183,8 +175,28 @@ def matched(found: Labelled) -> Matched:
         notes.append(
             f"equal texts stand in several documents: {merged} of {apart} are counted with another, on one side of the split"
         )
-    whole_ones = pairs is None and len(prompts) > len(classes) * len(set(prompts))
-    return Matched(index, prompts, documents, whole_ones, notes)
+    several = len(prompts) > len(classes) * len(set(prompts))
+    # Several texts of one label at a prompt are draws of their own, unless they are what one document has of it. A document
+    # with texts of other labels is what the prompt is from.
+    labels_of: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for n, prompt in zip(index, prompts, strict=True):
+        labels_of[prompt, named[n]].add(found.labels[n])
+    own = found.documents is not None and any(len(some) == 1 for some in labels_of.values())
+    alike = found.prompts is None or own
+    return Matched(index, prompts, documents, several and alike, notes)
+
+
+def _equal(places: dict[str, dict[str, list[int]]], classes: list[str], texts: list[str]) -> list[tuple[int, str]]:
+    """Rows with their prompts, at each prompt equally many of every class: those that come first by a hash of their text."""
+
+    def order(n: int) -> str:
+        return _hash(texts[n])
+
+    kept = list[tuple[int, str]]()
+    for name, some in places.items():
+        fewest = min(MOST, *(len(some.get(label, ())) for label in classes))
+        kept += [(n, name) for label in classes for n in sorted(some.get(label, ()), key=order)[:fewest]]
+    return sorted(kept)
 
 
 def _hash(text: str) -> str:

@@ -82,7 +82,7 @@ def next_tokens(work: Workspace, grids: Sequence[Grid], test: NDArray[np.integer
     arms = max(len(grid.models) for grid in grids)
     count = min(PROMPTS, MOST // (arms * work.store.tokenizer.padded_size))
     # Whole documents, the same ones at every checkpoint and whatever the other prompts are.
-    kept = test[stats.thinned(documents, work.study.attribution.split_seed, count / len(test))]
+    kept = test[stats.first_documents(documents, work.study.attribution.split_seed, count)]
     prompts = Prompts(work.prompts.table.take(kept))
     steps = sum(len(grid.models) for grid in grids) * len(kept)
     found = []

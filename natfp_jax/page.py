@@ -158,7 +158,7 @@ def _component_grid(summary: Summary) -> str:
 
 def _apart(summary: Summary) -> list[str]:
     """What is said of a crossed grid."""
-    if not summary["apart"]:
+    if not summary["components"]:
         return []
     drawn = ["![components of the distances by training step](components.png)", "*Bands are 95 % intervals over documents.*"]
     return [

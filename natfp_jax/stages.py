@@ -69,10 +69,10 @@ class Work(Workspace):
         # What is wrong with the prompts is known before hours of training; their file may be another one elsewhere.
         processes.agree({"prompts": self.prompts.sha256})
         _ = self.longest_prompt
-        self._encoder()
         processes.led(lambda: self._write_arms(listed))
 
-    def _encoder(self) -> dict[str, str]:
+    @cached_property
+    def encoder_files(self) -> dict[str, str]:
         """The sha256 of the files of the pretrained encoder, where the study asks for one; it is used by the first process.
 
         Raises:
@@ -175,7 +175,6 @@ class Work(Workspace):
         """Scores every comparison, unless that was done with the same texts and settings."""
         wanted, path = draws(self.study), self.folder / "attribution.json"
         drawn_files = [one for draw_of in wanted for one in self.draw_paths(draw_of)]
-        pretrained = self._encoder()
 
         def undone() -> str | None:
             """The hash of all inputs, if nothing is attributed of them."""
@@ -188,7 +187,7 @@ class Work(Workspace):
                     "recipe": _RECIPE,
                     "draws": {name: [record["inputs"], record["texts"]] for name, record in records.items()},
                     "settings": config.to_json(self.study.attribution),
-                    **({"encoder": pretrained} if pretrained else {}),
+                    "encoder": self.encoder_files,
                 }
             )
             if path.exists() and files.read_remade(path).get("inputs") == inputs:

@@ -9,6 +9,7 @@ R resamples, C columns.
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, factorial, perm
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, poisson_binom
+from scipy.stats import binomtest, norm, poisson_binom
 from sklearn.metrics import roc_auc_score
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "auc_interval",
     "bits_per_text",
     "bootstrap_interval",
+    "first_documents",
     "grouped",
     "holm",
     "levels_interval",
@@ -41,6 +43,8 @@ __all__ = [
 
 PARTS = ("training", "validation", "test")
 LEAST_LEVELS = 5  # below, a resampling of levels has too few different outcomes to give an interval
+
+_EXACT = 20_000  # trials
 
 Interval = tuple[float, float]
 
@@ -79,6 +83,19 @@ def thinned(documents: Sequence[str], seed: int, fraction: float) -> NDArray[np.
     """
     inside = {document: _place(f"{seed}/thinned/{document}") < fraction for document in set(documents)}
     return np.array([inside[document] for document in documents])
+
+
+def first_documents(documents: Sequence[str], seed: int, rows: int) -> NDArray[np.bool_]:
+    """Whether the document of each row is among the first in the order of `thinned`, as many as have so many rows together.
+
+    Two at least, where there are two.
+    """
+    sizes = Counter(documents)
+    order = sorted(sizes, key=lambda document: _place(f"{seed}/thinned/{document}"))
+    upto = np.cumsum([sizes[document] for document in order])
+    count = max(int(np.searchsorted(upto, rows, side="right")), 2)
+    inside = set(order[:count])
+    return np.array([document in inside for document in documents])
 
 
 def _resampled(
@@ -284,7 +301,7 @@ def sign_p(correct_N: ArrayLike, labels_N: ArrayLike, prompts_N: ArrayLike) -> f
 
 
 def agreement_p(same_N: ArrayLike, chance_N: ArrayLike) -> float:
-    """Whether two draws agree too often to be independent: one-sided, exact.
+    """Whether two draws agree too often to be independent: one-sided, exact up to 20,000 trials.
 
     Given the first draw's outcome, an independent second one of the same distribution is equal to it with the probability
     that this outcome had. So the number of agreements has a Poisson-binomial distribution that is known.
@@ -294,8 +311,12 @@ def agreement_p(same_N: ArrayLike, chance_N: ArrayLike) -> float:
       chance_N: the probability that the first one's outcome had.
     """
     # A sum of float32 probabilities may end a little above 1.
-    known = poisson_binom(np.minimum(np.asarray(chance_N, dtype=np.float64), 1.0))
-    return float(np.clip(known.sf(np.count_nonzero(same_N) - 1), 0, 1))
+    chance = np.minimum(np.asarray(chance_N, dtype=np.float64), 1.0)
+    agreements = np.count_nonzero(same_N)
+    if len(chance) > _EXACT:  # the cost of the exact law grows as the square; the normal one is as good here
+        spread = np.sqrt((chance * (1 - chance)).sum())
+        return float(norm.sf((agreements - 0.5 - chance.sum()) / spread)) if spread > 0 else 1.0
+    return float(np.clip(poisson_binom(chance).sf(agreements - 1), 0, 1))
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

@@ -21,12 +21,12 @@ from scipy.stats import norm
 from natfp_jax import config, rng
 from natfp_jax.attribution import Comparison
 from natfp_jax.classify import Features
+from natfp_jax.counts import LEAST_DOCUMENTS, by_document, spread
 from natfp_jax.examples import Example, Examples
 
-__all__ = ["LEAST_DOCUMENTS", "STABLE", "Word", "Wording", "by_document", "log_odds", "spread", "wording"]
+__all__ = ["STABLE", "Word", "Wording", "log_odds", "wording"]
 
 PRIOR = 0.02  # of the pieces of an average class: two classes of a size are pulled together by 2 %
-LEAST_DOCUMENTS = 10  # that a piece occurs in: resampling fewer says little of an error
 RESAMPLES = 200  # of the documents: an error is then known to 5 %
 BLOCK = 20  # resamples at once: what bounds the memory
 BEYOND = float(norm.isf(0.025))  # errors from zero
@@ -151,21 +151,6 @@ def _contrast(uses_DKV: sparse.csr_array, classes: int, prior_V: Counts, random:
     return _Contrast(ratio_KV, counted_KV, np.maximum(counted_KV, spread_KV), resampled_BKV)
 
 
-def by_document(
-    counts_NV: sparse.csr_array, looked_V: NDArray[np.integer], labels_N: NDArray[np.integer], documents_N: NDArray[np.str_]
-) -> sparse.csr_array:
-    """The uses of the given pieces, and of all others together, in each document: documents x (classes x pieces)."""
-    documents, document_N = np.unique(documents_N, return_inverse=True)
-    classes = int(labels_N.max()) + 1
-    looked_NV = counts_NV[:, looked_V]
-    rest_N = counts_NV.sum(axis=1) - looked_NV.sum(axis=1)
-    of_N = document_N * classes + labels_N
-    shape = (len(documents) * classes, len(of_N))
-    members = sparse.csr_array((np.ones(len(of_N)), (of_N, np.arange(len(of_N)))), shape=shape)
-    uses = members @ sparse.hstack([looked_NV, sparse.csr_array(rest_N[:, None])], format="csr")
-    return sparse.csr_array(uses.reshape(len(documents), -1))
-
-
 def wording(features: Features, comparison: Comparison, settings: config.Attribution) -> Wording:
     """The pieces that each class uses more or less than the others, the surest first.
 
@@ -249,10 +234,3 @@ def wording(features: Features, comparison: Comparison, settings: config.Attribu
         held=int((held_KV[stable_KV] > 0).sum()),
         words=found,
     )
-
-
-def spread(counts_NV: sparse.csr_array, documents_N: NDArray[np.str_]) -> NDArray[np.integer]:
-    """How many documents each piece occurs in."""
-    document_N = np.unique(documents_N, return_inverse=True)[1]
-    of_N = (np.ones(len(document_N)), (document_N, np.arange(len(document_N))))
-    return (sparse.csr_array(of_N) @ counts_NV).count_nonzero(axis=0)

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from natfp_jax import config, files, mesh
+from natfp_jax import attribution, config, files, mesh, stages
 from natfp_jax.config import Attribution, Corpus, Data, Experiment, Factor, Model, Sampling, Stories, Study
+from natfp_jax.errors import UserError
 from natfp_jax.progress import Progress
 from natfp_jax.report import report
 from natfp_jax.stages import Work
@@ -98,12 +99,31 @@ def test_what_each_classifier_cost_is_told(finished):
         assert cost["texts"] == whole + curve - last  # the last point of a curve is the comparison itself
 
 
-def test_the_same_texts_are_analysed_anew_with_other_settings_alone(finished):
+def test_what_is_analysed_is_not_analysed_again(finished, monkeypatch):
     made, _ = finished
-    before = files.read_json(made.folder / "attribution.json")
+    path = made.folder / "attribution.json"
+    before = path.stat().st_mtime_ns
+    made.attribute()
+    assert path.stat().st_mtime_ns == before
+    # Another version of the analysis makes it anew.
+    monkeypatch.setattr(stages, "_RECIPE", 0)
+    monkeypatch.setattr(stages.Analysis, "made", lambda self, *_: {"comparisons": []})
+    whole = path.read_bytes()
+    made.attribute()
+    assert files.read_json(path)["comparisons"] == []
+    path.write_bytes(whole)
+
+
+def test_other_settings_are_another_study(finished):
+    made, _ = finished
     other = Work(replace(STUDY, attribution=replace(STUDY.attribution, learning_curve=())), made.out, Progress(quiet=True))
     other.devices = made.devices
-    with pytest.raises(Exception, match="attribution") as raised, other.claimed():
-        other.attribute()
-    assert "learning_curve" in str(raised.value)
-    assert files.read_json(made.folder / "attribution.json") == before
+    with pytest.raises(UserError, match=r"attribution\.learning_curve"), other.claimed():
+        pass
+
+
+def test_a_part_to_learn_from_that_is_too_small_is_a_clear_mistake():
+    few = replace(STUDY.attribution, learning_curve=(0.001,))
+    comparison = attribution.Comparison("few", np.arange(300), ["a", "b"] * 150, *[[str(n // 2) for n in range(300)]] * 2)
+    with pytest.raises(UserError, match=r"of 0\.001 of the documents .*attribution\.learning_curve"):
+        attribution.task(comparison, few, 0.001)

@@ -171,8 +171,28 @@ def test_documents_of_one_label_are_matched_whole_and_of_several_take_the_place_
     assert side.whole
     shared = labelled([(text, label, "", document[1]) for text, label, _, document in rows], prompts=False)
     side = matched(shared)
-    assert not side.whole
+    assert side.whole, "texts of one document are alike"
     assert side.prompts == [shared.documents[n] for n in side.index]
+
+
+def test_paragraphs_of_one_essay_go_together_and_answers_to_one_question_do_not():
+    rows = [(f"{label}{d}{n}", label, f"q{d}", f"{label}{d}") for label in "xy" for d in range(5) for n in range(3)]
+    assert matched(labelled(rows)).whole
+    assert not matched(labelled(rows, documents=False)).whole
+    assert not matched(labelled(rows[::3])).whole, "one text of each"
+
+
+def test_a_stray_document_that_two_labels_share_costs_no_other():
+    rows = [(f"text {n}", "xy"[n % 2], "", str(n)) for n in range(40)]
+    side = matched(labelled([*rows, ("another", "y", "", "0")], prompts=False))
+    assert len(side.index) >= 40
+
+
+def test_of_very_many_texts_at_a_prompt_some_are_kept():
+    rows = [(f"{label} {n}", label, f"q{d}", "") for label in "xy" for d in range(2) for n in range(150)]
+    side = matched(labelled(rows, documents=False))
+    assert len(side.index) == 2 * 2 * 100
+    assert "200 of 600 texts are left out" in " / ".join(side.notes)
 
 
 def test_equal_texts_of_two_documents_are_told_of_and_stay_on_one_side():

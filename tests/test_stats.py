@@ -299,6 +299,30 @@ def test_agreements_of_independent_draws_are_as_often_as_they_should_be():
     assert max(shared) < 0.05
 
 
+def test_of_very_many_agreements_the_normal_law_is_near_the_exact_one(monkeypatch):
+    """As near as the theorem of Berry and Esseen has it (its constant: Shevtsova 2010)."""
+    chances = default_rng(0).dirichlet([1, 4], 21_000)[:, 0]
+    variance = chances * (1 - chances)
+    bound = 0.56 * (variance * (chances**2 + (1 - chances) ** 2)).sum() / variance.sum() ** 1.5
+    for more in (-150, 0, 60, 150):
+        same = np.arange(21_000) < round(chances.sum()) + more
+        near = stats.agreement_p(same, chances)
+        monkeypatch.setattr(stats, "_EXACT", 10**6)
+        assert near == pytest.approx(stats.agreement_p(same, chances), abs=bound)
+        monkeypatch.undo()
+
+
+@given(st.lists(st.integers(0, 12), min_size=2), st.integers(0, 9), st.integers(1, 40))
+def test_first_documents_are_whole_and_two_at_least(documents, seed, rows):
+    named = list(map(str, documents))
+    inside = stats.first_documents(named, seed, rows)
+    kept = {name for name, one in zip(named, inside, strict=True) if one}
+    assert not kept & {name for name, one in zip(named, inside, strict=True) if not one}
+    assert len(kept) >= min(2, len(set(named)))
+    assert inside.sum() <= rows or len(kept) <= 2
+    assert (stats.first_documents(named[::-1], seed, rows) == inside[::-1]).all()
+
+
 def test_agreements_are_counted_exactly():
     chances = [0.2, 0.5, 0.9]
     law = [
