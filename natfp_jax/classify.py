@@ -14,7 +14,7 @@ Letters after an underscore name the axes: N texts, V pieces, K classes.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -301,7 +301,7 @@ class Features:
             counter = counting(self.kind, self.tokenizer)
         return Pipeline([("counts", counter), *fitted.steps])
 
-    @property
+    @cached_property
     def _names_V(self) -> NDArray[np.object_]:
         names: NDArray[np.object_] = self.counter.get_feature_names_out()
         return names

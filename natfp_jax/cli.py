@@ -100,10 +100,12 @@ def _stages(study: Study, how: How, stages: tuple[str, ...], stop: Stop) -> dict
         while True:
             work, summaries = Work(study, how.out, progress, stop), list[dict[str, Any]]()
             try:
+                if "attribute" in stages:
+                    _ = work.encoder_files  # what is lacking is known before anything is written
                 with work.claimed():
                     work.corpus()
                     if "attribute" in stages:
-                        _ = work.test_rows, work.encoder_files  # what is lacking is known before hours of training
+                        _ = work.test_rows  # too few documents are known before hours of training
                     for stage in stages:
                         getattr(work, stage)()
                     if "attribute" in stages or not stages:
@@ -347,7 +349,7 @@ def power(
       design_effect: how many times the variance of the accuracy is that of as many independent texts; 1, if left out.
       permutations: attribution.permutations; left out: 9999.
       test_fraction: attribution.test_fraction; left out: 0.4.
-      pilot: report/summary.json of a study, which says all of this but power, alpha and tests.
+      pilot: report/summary.json of a study, which says all of this but power and alpha, and tests where they are left out.
     """
     from natfp_jax import planning
     from natfp_jax.config import Attribution

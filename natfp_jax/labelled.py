@@ -70,7 +70,8 @@ def read(path: Path, columns: Columns) -> Labelled:
       UserError: it has no such columns, no texts, or a text lacks what others have.
     """
     if not path.is_file() or path.suffix not in SUFFIXES:
-        raise UserError(f"--texts {path} is no file that ends in {', '.join(SUFFIXES)}: give one with texts and labels")
+        got = "is no file" if not path.is_file() else f"ends in none of {', '.join(SUFFIXES)}"
+        raise UserError(f"--texts {path} {got}: give a file of texts and labels")
     texts, labels = list[str](), list[str]()
     more: dict[str, list[str]] = {name: [] for name in dict.fromkeys((columns.prompt, columns.document)) if name}
     for where, record in rows(path, {columns.text: "--text-key", columns.label: "--label-key"}, list(more)):
@@ -85,6 +86,13 @@ def read(path: Path, columns: Columns) -> Labelled:
                 )
     if not texts:
         raise UserError(f"{path} has no texts: put some there")
+    usual = Columns()
+    for name, key, option in (
+        (columns.prompt, usual.prompt, "--prompt-key"),
+        (columns.document, usual.document, "--document-key"),
+    ):
+        if name not in ("", key) and not more[name]:  # it was asked for
+            raise UserError(f"{path} has no column {name!r}: set {option}, or leave it out where there is none")
     return Labelled(texts, labels, more.get(columns.prompt) or None, more.get(columns.document) or None, hash_file(path))
 
 

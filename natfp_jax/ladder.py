@@ -143,7 +143,9 @@ class Read:
     def _unfitted(self, settings: config.Attribution) -> LanguageModels | Reader | Encoder:
         if self.kind == "encoder":
             if settings.encoder is None:
-                raise UserError("the classifier encoder has no weights: give attribution.encoder, a local folder that has them")
+                raise UserError(
+                    "the classifier encoder has no weights: give its folder, as attribution.encoder or, with --texts, --encoder"
+                )
             return Encoder(settings.encoder, seed=settings.split_seed)
         return {"lm": LanguageModels, "transformer": Reader}[self.kind](self.tokenizer, seed=settings.split_seed)
 

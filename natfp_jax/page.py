@@ -4,6 +4,7 @@ Owns what stands on it and in which order. A function of the summary alone; must
 """
 
 import json
+import re
 from collections.abc import Sequence
 
 from natfp_jax.courses import trajectories
@@ -37,14 +38,18 @@ def _grid(header: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> s
 
 def _piece(text: str) -> str:
     """A piece of text as code: what cannot be seen is written out."""
-    seen = repr(text)[1:-1].replace(" ", "␣")
-    return f"`` {seen} ``" if "`" in seen else f"`{seen}`"
+    return _code(repr(text)[1:-1].replace(" ", "␣"))
+
+
+def _code(seen: str) -> str:
+    """A code span, whose fence is longer than any run of backticks in it."""
+    longest = max(map(len, re.findall("`+", seen)), default=0)
+    return f"{'`' * (longest + 1)} {seen} {'`' * (longest + 1)}" if longest else f"`{seen}`"
 
 
 def _example(example: dict[str, str]) -> str:
     """A piece among its neighbours, as code."""
-    seen = repr(f"{example['before']}⟦{example['piece']}⟧{example['after']}")[1:-1]
-    return f"`` {seen} ``" if "`" in seen else f"`{seen}`"
+    return _code(repr(f"{example['before']}⟦{example['piece']}⟧{example['after']}")[1:-1])
 
 
 def _wording(summary: Summary) -> list[str]:
@@ -212,7 +217,8 @@ def markdown(summary: Summary) -> str:
         *_apart(summary),
         f"## Who is taken for whom: {scene}",
         *(f"![confusion matrix, {row['classifier']}](confusion-{row['classifier']}.png)" for row in rows),
-        "The pieces that speak most for each source, strongest first:",
+        "The pieces that speak most for each source, strongest first. Ids in <> are of one that has no text, such as a part of "
+        "a character.",
         _grid(["classifier", "source", "pieces"], telling, words=3),
         "## Which words",
         "Pieces that a source uses more or less than the others, in the training and validation texts, the surest first. The "

@@ -160,6 +160,8 @@ def of_pilot(path: Path, alpha: float = SIGNIFICANT, wanted: float = 0.8, tests:
     settings, tests = found.settings.attribution, len(found.comparisons) if tests is None else tests
     table = _pilot_table(found.study, alpha, tests, wanted, settings)
     for raw in decisive(summary):
+        if raw.get("factor") == "null":  # there is nothing to detect
+            continue
         row = _read(_Measured, raw, path)
         effect = design_effect(row.accuracy, row.ci95, row.test_texts)
         plan = Plan(len(row.classes), alpha, tests, settings.permutations, effect)

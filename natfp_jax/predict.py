@@ -73,7 +73,8 @@ def read_texts(path: Path, key: str) -> list[str]:
       UserError: it is no such file, or has no texts.
     """
     if not path.is_file() or path.suffix not in SUFFIXES:
-        raise UserError(f"{path} is no file that ends in {', '.join(SUFFIXES)}: give one with texts")
+        got = "is no file" if not path.is_file() else f"ends in none of {', '.join(SUFFIXES)}"
+        raise UserError(f"{path} {got}: give a file of texts")
     if path.suffix == ".txt":
         texts = [line.rstrip("\r\n") for line in lines(path) if line.strip()]
     else:

@@ -84,5 +84,5 @@ def test_a_network_needs_texts_of_two_classes(chains):
 
 
 def test_an_encoder_needs_a_folder(chains):
-    with pytest.raises(UserError, match=r"give attribution\.encoder"):
+    with pytest.raises(UserError, match=r"as attribution\.encoder or, with --texts, --encoder"):
         ladder.prepare("encoder", chains.texts, Letters()).judge(task_of(chains), SETTINGS)
