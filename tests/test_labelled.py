@@ -61,10 +61,21 @@ def test_a_missing_column_is_named_with_the_option_that_sets_it(tmp_path, kind, 
         read(path, Columns())
 
 
+def test_a_column_that_was_asked_for_and_is_not_there_is_a_mistake(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label,question\none,x,q\ntwo,y,q\n")
+    assert read(path, Columns(prompt="question")).prompts == ["q", "q"]
+    assert read(path, Columns()).prompts is None
+    with pytest.raises(UserError, match="no column 'qestion': set --prompt-key"):
+        read(path, Columns(prompt="qestion"))
+    with pytest.raises(UserError, match="no column 'essay': set --document-key"):
+        read(path, Columns(document="essay"))
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.txt", b"text", "no file that ends in .parquet, .jsonl, .csv"),
+        ("a.txt", b"text", "ends in none of .parquet, .jsonl, .csv"),
         ("a.csv", b"", "cannot be read"),
         ("a.csv", b"text,label\n", "no texts"),
         ("a.csv", b"text,label\na,b\nonly one\n", "cannot be read"),

@@ -285,7 +285,7 @@ def test_what_predict_and_attribute_refuse_is_one_line(refused, folder, tmp_path
     assert "no text has this label" in refused("attribute", "--texts", texts, "--label-key", "model", "--others", "zebra")
     assert "needs 9999 held-out texts" in refused("predict", words, folder / "fresh.txt", "--false-accusations", "0.0001")
     assert "has no classifier.json" in refused("predict", tmp_path, folder / "fresh.txt")
-    assert "no file that ends in" in refused("predict", words, tmp_path / "none.txt")
+    assert "is no file: give" in refused("predict", words, tmp_path / "none.txt")
     assert "does not end in .parquet" in refused(
         "predict", words, folder / "fresh.txt", "--out", tmp_path / "a.csv", "--false-accusations", "0.1"
     )
