@@ -6,7 +6,7 @@ Two initialisations x two data orders of a 0.7M-parameter decoder, each trained 
 documentation of this machine's Python; 2,000 prompts of distinct documents, drawn from every arm after a tenth of training
 and at the end, and from one arm twice (the null).
 
-Cost: about two minutes and 1.6 GB of memory on two CPU cores. What to expect: order recognisable by a bag of subwords in
+Cost: two to six minutes and 1.6 GB of memory on two CPU cores. What to expect: order recognisable by a bag of subwords in
 about 81 of 100 texts early and 57 to 60 at the end; init in 59 to 64 early, fading to 52 to 57; a likelihood ceiling above
 96 % at the end; the null at chance. The sizes were chosen on the seeds 0 and 1; these here are others.
 """
