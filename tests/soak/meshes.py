@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["STUDY", "Case", "cleared", "command", "environment", "finished", "free_port", "latest", "trained", "weights_of"]
+__all__ = ["STUCK", "STUDY", "Case", "cleared", "command", "environment", "finished", "free_port", "latest", "trained", "weights_of"]
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = """
@@ -39,6 +39,7 @@ study = Study(
 """
 ARM = "init0"  # a study has two; the other one is trained beside it
 DEVICES = 8
+STUCK = 300  # seconds after which a process will never end: several share the cores, and no test promises how fast they are
 MESHES = {
     "data 8": {"data": 8},
     "fsdp 8": {"fsdp": 8},
