@@ -26,7 +26,7 @@ STUDY = """
 from dataclasses import replace
 from pathlib import Path
 
-from natfp_jax.config import load_study
+from natfp_jax.loading import load_study
 
 quick = load_study(Path({quickstart!r}))
 data = replace(quick.experiment.data, windows=320)

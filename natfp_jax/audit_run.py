@@ -143,7 +143,7 @@ class AuditedRun:
         yield attempt(
             self.subject,
             "the pool of windows has the recorded hash",
-            lambda: unless(store.windows(data.seq_len, data.windows).sha256(), self.inputs["pool"], "its pool is recorded as"),
+            lambda: unless(store.pool(data).sha256(), self.inputs["pool"], "its pool is recorded as"),
         )
         yield attempt(self.subject, "checkpoints hold the weights whose hash they record", lambda: self._each(self._weights))
         yield guarded(self.subject, "the weights of step 0 are those of the init seed", lambda: self._init(known))

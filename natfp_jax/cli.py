@@ -19,10 +19,11 @@ from typing import IO, Annotated, Any
 import tyro
 from rich.console import Console
 
-from natfp_jax.config import Attribution, Study, load_study, override, replace
+from natfp_jax.config import Attribution, Study, replace
 from natfp_jax.errors import Damaged, Stopped, UserError
 from natfp_jax.files import set_aside, write_json
 from natfp_jax.launcher import detect
+from natfp_jax.loading import load_study
 from natfp_jax.progress import Progress
 from natfp_jax.stopping import STOPPED, Stop
 
@@ -34,7 +35,8 @@ Overrides = Annotated[
     tyro.conf.Positional[tuple[str, ...]],
     tyro.conf.arg(
         metavar="PATH=VALUE",
-        help="set any field of the study by its path, such as experiment.model.width=256 or sampling.checkpoints=[0.1,1]",
+        help="set any field of the study by its path, such as experiment.model.width=256 or sampling.checkpoints=[0.1,1]; or a "
+        "setting of the study's file, such as scale=small",
     ),
 ]
 _OUT = Path("out")
@@ -74,9 +76,7 @@ def _on_tpu_vm() -> bool:
 
 
 def _perform(study: Path, overrides: tuple[str, ...], how: How, *stages: str) -> None:
-    configured: Study = load_study(study)
-    for assignment in overrides:
-        configured = override(configured, assignment)
+    configured = load_study(study, overrides)
     launch = detect(os.environ, how.coordinator, how.processes, how.process, tpu_vm=_on_tpu_vm())
     stop = Stop()
     with stop.installed():

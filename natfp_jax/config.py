@@ -1,15 +1,13 @@
 """What a user can ask for, as frozen dataclasses.
 
-Owns every setting, its default and its meaning; loading of `configs/*.py`; the one typed `replace(config, path, value)`
-behind both command-line overrides and factor levels; the fingerprint. Must not know jax, files of a run, or any stage.
+Owns every setting, its default and its meaning; the one typed `replace(config, path, value)` behind both command-line
+overrides and factor levels; the fingerprint. Must not know jax, files, or any stage.
 """
 
 import dataclasses
 import difflib
 import json
-import runpy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import pydantic
@@ -38,8 +36,8 @@ __all__ = [
     "Tfds",
     "fingerprint",
     "from_json",
-    "load_study",
     "override",
+    "parsed",
     "replace",
     "shape",
     "to_json",
@@ -140,7 +138,8 @@ class Data(Strict):
     """Which windows are seen, and how often. Steps follow: windows · epochs / batch."""
 
     seq_len: Positive = 64
-    windows: Positive = 6400  # the pool: the first so many windows of the store
+    windows: Positive = 6400  # of the store: the pool
+    first: Annotated[int, pydantic.Field(ge=0)] = 0  # the window of the store that the pool begins with
     epochs: Positive = 1
     batch: Positive = 32  # windows a step
 
@@ -212,7 +211,8 @@ class Experiment(Strict):
 def shape(experiment: Experiment) -> Experiment:
     """What arms must have in common to train as one program: all but the seeds, the numbers of the optimiser, and the text."""
     optimiser = Optimiser(schedule=experiment.optimiser.schedule, nonfinite=experiment.optimiser.nonfinite)
-    return dataclasses.replace(experiment, corpus=Corpus(), optimiser=optimiser, seeds=Seeds(), perturb=None)
+    data = dataclasses.replace(experiment.data, first=0)
+    return dataclasses.replace(experiment, corpus=Corpus(), data=data, optimiser=optimiser, seeds=Seeds(), perturb=None)
 
 
 # --- where and how it runs --------------------------------------------------------------------------------------------
@@ -320,6 +320,7 @@ class Attribution(Strict):
         1.0,
     )  # values of C to choose from
     learning_curve: tuple[OpenFraction, ...] = ()  # of the training documents; each factor's answer is learnt from each
+    class_counts: tuple[Annotated[int, pydantic.Field(ge=3)], ...] = ()  # of a factor's levels the first so many, too
     permutations: Annotated[int, pydantic.Field(ge=9_999)] = 9_999
     bootstraps: Annotated[int, pydantic.Field(ge=999)] = 2_000
 
@@ -396,20 +397,26 @@ def override(config: Config, assignment: str) -> Config:
     if not equals or not path:
         raise UserError(f"override {assignment!r} is not of the form path=value, such as experiment.model.width=256")
 
-    def read(annotation: Any) -> Any:
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            return _checked(annotation, text, path, text)
-        try:
-            return _checked(annotation, value, path, text)
-        except UserError as as_json:
-            try:
-                return _checked(annotation, text, path, text)  # text that only looks like JSON, such as the name 3
-            except UserError:
-                raise as_json from None
+    return _replace(config, path.split("."), (), lambda annotation: parsed(annotation, text, path))
 
-    return _replace(config, path.split("."), (), read)
+
+def parsed(annotation: Any, text: str, path: str) -> Any:
+    """The value of a type that a text on the command line stands for: JSON, or else the text itself.
+
+    Raises:
+      UserError: it stands for none; `path` is what was to be set.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return _checked(annotation, text, path, text)
+    try:
+        return _checked(annotation, value, path, text)
+    except UserError as as_json:
+        try:
+            return _checked(annotation, text, path, text)  # text that only looks like JSON, such as the name 3
+        except UserError:
+            raise as_json from None
 
 
 def _checked(annotation: Any, value: Any, path: str, text: str | None = None) -> Any:
@@ -462,26 +469,6 @@ def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
         return pydantic.TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except pydantic.ValidationError as error:
         raise UserError(f"not a {kind.__name__}: {_place(error)}: {_first_problem(error)}") from None
-
-
-def load_study(path: Path) -> Study:
-    """Runs a study's file and returns its `study`.
-
-    Raises:
-      UserError: there is no such file, it fails, or it does not define a `Study` named `study`.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is no file: give a study such as configs/quickstart.py")
-    try:
-        names = runpy.run_path(str(path))
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's Python does: one line, with the place it happened
-        raise UserError(f"{path} failed: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    study = names.get("study")
-    if not isinstance(study, Study):
-        raise UserError(f"{path} must define `study = Study(...)`, got {type(study).__name__}")
-    return from_json(Study, to_json(study))  # the constructor does not check types; this does
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

@@ -62,20 +62,29 @@ class Store:
         """The number of training ids."""
         return int(self.meta["tokens"]["train"])
 
-    def windows(self, seq_len: int, count: int) -> Windows:
-        """The pool: the first `count` windows of `seq_len` + 1 ids in store order.
+    def pool(self, data: config.Data) -> Windows:
+        """The windows that are trained on.
+
+        Raises:
+          UserError: the corpus is too small.
+        """
+        return self.windows(data.seq_len, data.windows, data.first)
+
+    def windows(self, seq_len: int, count: int, first: int = 0) -> Windows:
+        """`count` windows of `seq_len` + 1 ids in store order, from the window `first` on.
 
         Raises:
           UserError: the corpus is too small.
         """
         available = self.tokens // (seq_len + 1)
-        if count > available:
+        if first + count > available:
+            begun = f" from window {first} on" if first else ""
             raise UserError(
-                f"the corpus is too small: {count} windows of {seq_len} + 1 tokens were asked for, it has {available} "
+                f"the corpus is too small: {count} windows of {seq_len} + 1 tokens{begun} were asked for, it has {available} "
                 f"({self.tokens} tokens); ask for fewer or shorter windows, or take a larger corpus"
             )
         shards = [open_ids(self.folder / name, self.meta["dtype"]) for name in shard_names(self.meta["corpus"]["shards"])]
-        return Windows(shards, seq_len, count)
+        return Windows(shards, seq_len, count, first)
 
     def validation_windows(self, seq_len: int, limit: int) -> np.ndarray:
         """The first windows, at most `limit`, of the validation documents: int32 [n, seq_len + 1], n ≥ 1.

@@ -42,7 +42,7 @@ class Underway:
     def __init__(self, member: Member, settings: Run, conditions: dict[str, Any]) -> None:
         self.member, self.settings, self.numerics = member, settings, conditions
         experiment, data = member.experiment, member.experiment.data
-        self.pool = member.store.windows(data.seq_len, data.windows)
+        self.pool = member.store.pool(data)
         self.validation = validation_batches(member.store, experiment, settings)
         self.order = Order(data.windows, data.batch, experiment.seeds.order)
         self.numbers = optim.hyperparameters(experiment.optimiser, experiment.steps)

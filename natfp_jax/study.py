@@ -6,6 +6,7 @@ files, devices or stages.
 
 import itertools
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,14 +14,27 @@ from natfp_jax.config import Experiment, Factor, Sampling, Study, replace, to_js
 from natfp_jax.errors import UserError
 from natfp_jax.files import canonical_json, hash_json
 
-__all__ = ["Arm", "Comparison", "Draw", "Grid", "answers", "arms", "comparisons", "decisive", "draws", "grids", "lacking"]
+__all__ = [
+    "Arm",
+    "Comparison",
+    "Draw",
+    "Grid",
+    "answers",
+    "arms",
+    "comparisons",
+    "decisive",
+    "draws",
+    "grids",
+    "labels",
+    "lacking",
+]
 
 
 @dataclass(frozen=True)
 class Arm:
     """One cell of a study."""
 
-    id: str  # such as "init0-order1"
+    id: str  # such as "init0-order1"; one at a time "base", and "init1" for what differs from it in that alone
     levels: tuple[str, ...]  # of each factor, in the study's order
     experiment: Experiment
     twin: bool = False
@@ -95,8 +109,29 @@ class Grid:
         return [*self.models, self.again[1]]
 
 
-def _label(value: Any) -> str:
-    return str(value) if isinstance(value, bool | int | float | str) else canonical_json(to_json(value))
+def labels(factor: Factor) -> list[str]:
+    """What each level of a factor is called; of several fields at once, by those in which the levels differ."""
+    levels = factor.levels
+    if all(isinstance(level, bool | int | float | str) for level in levels):
+        return [str(level) for level in levels]
+    values = [to_json(level) for level in levels]
+    if not all(isinstance(value, dict) for value in values):
+        return [canonical_json(value) for value in values]
+    if len({value.get("kind") for value in values}) == len(values):
+        return [str(value["kind"]) for value in values]
+    leaves = [dict(_leaves(value)) for value in values]
+    names = dict.fromkeys(name for leaf in leaves for name in leaf)
+    differ = [name for name in names if any(leaf.get(name) != leaves[0].get(name) for leaf in leaves)]
+    found = ["+".join(f"{name if name != 'kind' else ''}{leaf[name]}" for name in differ if name in leaf) for leaf in leaves]
+    return found if all(found) else [canonical_json(value) for value in values]
+
+
+def _leaves(value: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, one in value.items():
+        if isinstance(one, dict):
+            yield from _leaves(one, f"{before}{name}.")
+        else:
+            yield before + name, one
 
 
 def _id(name: str) -> str:
@@ -105,10 +140,32 @@ def _id(name: str) -> str:
     return name if safe == name else f"{safe}-{hash_json(name)[:8]}"
 
 
-def _with(experiment: Experiment, values: tuple[tuple[Factor, Any], ...]) -> Experiment:
+def _with(experiment: Experiment, values: Iterable[tuple[Factor, Any]]) -> Experiment:
     for factor, value in values:
         experiment = replace(experiment, factor.path, value)
     return experiment
+
+
+def _base(study: Study) -> Experiment:
+    """The experiment of every factor's first level.
+
+    Raises:
+      UserError: two factors set one field to different first levels, or vary it together.
+    """
+    factors = study.factors
+    base = _with(study.experiment, ((factor, factor.levels[0]) for factor in factors))
+    for one, other in itertools.permutations(factors, 2):
+        if f"{other.path}.".startswith(f"{one.path}."):
+            if study.design == "crossed":
+                raise UserError(
+                    f"factors {one.path} and {other.path} set the same field: set design='one_at_a_time', or leave one out"
+                )
+            if replace(base, one.path, one.levels[0]) != base:
+                raise UserError(
+                    f"the first levels of the factors {one.path} and {other.path} set one field to different values: make "
+                    "them agree, since the base arm has both"
+                )
+    return base
 
 
 def arms(study: Study) -> list[Arm]:
@@ -122,11 +179,11 @@ def arms(study: Study) -> list[Arm]:
     if not factors:
         raise UserError(f"study {study.name} has no factors: give at least one, such as Factor('seeds.init', (0, 1))")
     for factor in factors:
-        labels = [_label(level) for level in factor.levels]
-        if len(labels) < 2:
-            raise UserError(f"factor {factor.path} has {len(labels)} level(s) {labels}, expected at least two")
-        if len(set(labels)) < len(labels):
-            raise UserError(f"factor {factor.path} names a level twice: {labels}")
+        named = labels(factor)
+        if len(named) < 2:
+            raise UserError(f"factor {factor.path} has {len(named)} level(s) {named}, expected at least two")
+        if len(set(named)) < len(named):
+            raise UserError(f"factor {factor.path} names a level twice: {named}")
         if factor.path.startswith("corpus.") and not factor.path.startswith("corpus.source"):
             raise UserError(
                 f"factor {factor.path}: all arms of a study share the tokenizer and the split of the base corpus; "
@@ -135,18 +192,22 @@ def arms(study: Study) -> list[Arm]:
     if len({factor.name for factor in factors}) < len(factors):
         raise UserError(f"two factors share a name: {[factor.path for factor in factors]}")
 
+    base, first = _base(study), (0,) * len(factors)
+    counts = [range(len(factor.levels)) for factor in factors]
     if study.design == "crossed":
-        cells = list(itertools.product(*(factor.levels for factor in factors)))
+        cells = list(itertools.product(*counts))
     else:
-        base = tuple(factor.levels[0] for factor in factors)
-        cells = [base]
-        for place, factor in enumerate(factors):
-            cells += [(*base[:place], level, *base[place + 1 :]) for level in factor.levels[1:]]
+        moves = ((place, level) for place, some in enumerate(counts) for level in some[1:])
+        cells = [first, *((*first[:place], level, *first[place + 1 :]) for place, level in moves)]
     found = []
     for cell in cells:
-        levels = tuple(_label(level) for level in cell)
-        name = "-".join(f"{factor.name}{level}" for factor, level in zip(factors, levels, strict=True))
-        found.append(Arm(_id(name), levels, _with(study.experiment, tuple(zip(factors, cell, strict=True)))))
+        levels = tuple(labels(factor)[place] for factor, place in zip(factors, cell, strict=True))
+        parts = [f"{factor.name}{level}" for factor, level in zip(factors, levels, strict=True)]
+        if study.design == "one_at_a_time":
+            parts = [part for part, place in zip(parts, cell, strict=True) if place] or ["base"]
+        # The base has every first level; of factors that set one field, only the one that moves is set again.
+        moved = ((factor, factor.levels[place]) for factor, place in zip(factors, cell, strict=True) if place)
+        found.append(Arm(_id("-".join(parts)), levels, _with(base, moved)))
     if study.twin is not None:
         if study.twin.ulps == 0:
             raise UserError("twin.ulps is 0, which moves nothing: give 1 or another whole number")
@@ -179,7 +240,10 @@ def _settings(study: Study) -> list[tuple[float | None, int, str]]:
 
 
 def comparisons(study: Study) -> list[Comparison]:
-    """At each sampled checkpoint, temperature and length: pairs along each factor, each factor pooled, all arms, twin, null."""
+    """At each sampled checkpoint, temperature and length: pairs along each factor, each factor pooled, all arms, twin, null.
+
+    Between the pairs and the pooled comparison come a factor's first so many levels, where the study asks for them.
+    """
     all_arms = arms(study)
     grid = [arm for arm in all_arms if not arm.twin]
     base = grid[0]
@@ -195,9 +259,9 @@ def comparisons(study: Study) -> list[Comparison]:
             for arm in grid:
                 strata.setdefault(arm.levels[:place] + arm.levels[place + 1 :], []).append(arm)
             strata = {rest: members for rest, members in strata.items() if len(members) > 1}
-            others = [f.name for f in study.factors if f is not factor]
+            others = [f.name for f in study.factors if f is not factor] if study.design == "crossed" else []
             for rest, members in strata.items():
-                held = ", ".join(f"{name} {level}" for name, level in zip(others, rest, strict=True))
+                held = ", ".join(f"{name} {level}" for name, level in zip(others, rest, strict=False))
                 for a, b in itertools.combinations(members, 2):
                     name = f"{factor.name} {a.levels[place]} vs {b.levels[place]}" + (f" ({held})" if held else "")
                     here.append((name, factor.name, {arm.levels[place]: (draw(arm),) for arm in (a, b)}))
@@ -205,6 +269,10 @@ def comparisons(study: Study) -> list[Comparison]:
             for members in strata.values():
                 for arm in members:
                     pooled[arm.levels[place]] = (*pooled.get(arm.levels[place], ()), draw(arm))
+            for count in study.attribution.class_counts:
+                if 2 < count < len(pooled):
+                    some = dict(itertools.islice(pooled.items(), count))
+                    here.append((f"{factor.name}, {count} levels", factor.name, some))
             if len(strata) > 1 or len(pooled) > 2:  # else it is the one pair again
                 here.append((f"{factor.name} (pooled)", factor.name, pooled))
         if len(grid) > 2:

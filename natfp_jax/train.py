@@ -329,7 +329,7 @@ def replay(
     """The weights after each step from the seeds alone, step 0 first; nothing is written."""
     data = experiment.data
     program, order = program_of(experiment, store, devices, settings), Order(data.windows, data.batch, experiment.seeds.order)
-    pool, rows, none = store.windows(data.seq_len, data.windows), mesh.batch_sharding(devices), quiet(devices)
+    pool, rows, none = store.pool(data), mesh.batch_sharding(devices), quiet(devices)
     numbers = laid(program, [optim.hyperparameters(experiment.optimiser, experiment.steps)])
     state = program.stack([partial(program.init, experiment.seeds.init, experiment.perturb)])
     yield 0, program.take(state.params, 0)

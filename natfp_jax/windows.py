@@ -1,7 +1,7 @@
 """Windows of the token store.
 
-Owns the map window → ids: window i is ids [i · (seq_len + 1), (i + 1) · (seq_len + 1)) of the shards one after another. Must
-not know text, nor in which order windows are seen.
+Owns the map window → ids: window i of the store is ids [i · (seq_len + 1), (i + 1) · (seq_len + 1)) of the shards one after
+another. Must not know text, nor in which order windows are seen.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ def open_ids(path: Path, dtype: str) -> np.ndarray:
 
 
 class Windows:
-    """The first `count` windows, each of `seq_len` + 1 ids, of the shards one after another."""
+    """`count` windows, each of `seq_len` + 1 ids, of the shards one after another, from the window `first` on."""
 
-    def __init__(self, shards: Sequence[np.ndarray], seq_len: int, count: int) -> None:
-        self.seq_len, self.count = seq_len, count
+    def __init__(self, shards: Sequence[np.ndarray], seq_len: int, count: int, first: int = 0) -> None:
+        self.seq_len, self.count, self.first = seq_len, count, first
         self._shards = [shard for shard in shards if len(shard)]
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """The windows at `indices` [N], each in [0, count): int32 [N, seq_len + 1].
+        """The windows at `indices` [N], each in [0, count) and counted from the first one: int32 [N, seq_len + 1].
 
         Raises:
           IndexError: an index is outside of the pool.
@@ -41,7 +41,7 @@ class Windows:
             raise IndexError(f"window indices {index_N.min()} to {index_N.max()}, the pool has {self.count}")
         length = self.seq_len + 1
         out_NL = np.empty((len(index_N), length), np.int32)
-        start_N = index_N * length
+        start_N = (self.first + index_N) * length
         shard_N = np.searchsorted(self._ends, start_N, side="right")
         for out_L, start, shard in zip(out_NL, start_N.tolist(), shard_N.tolist(), strict=True):
             self._copy(out_L, start, shard)
@@ -60,9 +60,11 @@ class Windows:
     def sha256(self) -> str:
         """The pool's hash: sha256 over its ids in order, as little-endian bytes of the store's width."""
         digest = hashlib.sha256()
-        left = self.count * (self.seq_len + 1)
+        length = self.seq_len + 1
+        skipped, left = self.first * length, self.count * length
         for shard in self._shards:
-            for start in range(0, min(len(shard), left), _BLOCK):
-                digest.update(shard[start : min(start + _BLOCK, left)].tobytes())
-            left = max(0, left - len(shard))
+            ids = shard[skipped : skipped + left]
+            for start in range(0, len(ids), _BLOCK):
+                digest.update(ids[start : start + _BLOCK].tobytes())
+            skipped, left = max(0, skipped - len(shard)), left - len(ids)
         return digest.hexdigest()

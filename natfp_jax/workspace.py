@@ -135,9 +135,9 @@ class Workspace:
         found = {}
         for arm in self.arms.values():
             store, data = self.store_of(arm), arm.experiment.data
-            pool = store.sha256, data.seq_len, data.windows
+            pool = store.sha256, data.seq_len, data.windows, data.first
             if pool not in pools:
-                pools[pool] = store.windows(data.seq_len, data.windows).sha256()
+                pools[pool] = store.pool(data).sha256()
             found[arm.id] = lineage.identity(arm.experiment, store.sha256, store.tokenizer.sha256, pools[pool])
         same: dict[str, str] = {}
         for name, one in found.items():

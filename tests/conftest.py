@@ -61,7 +61,7 @@ def train_arm(tiny_store, one_device):
         experiment, folder, *, store=tiny_store, devices=one_device, name="arm", advance=lambda n: None, stop=None, **settings
     ):
         data = experiment.data
-        pool = store.windows(data.seq_len, data.windows).sha256()
+        pool = store.pool(data).sha256()
         who = identity(experiment, store.sha256, store.tokenizer.sha256, pool)
         run = RunFolder(folder)
         chosen = Run(**{"log_every": 2, "validation_windows": 16, **settings})

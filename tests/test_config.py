@@ -31,7 +31,6 @@ from natfp_jax.config import (
     Tfds,
     fingerprint,
     from_json,
-    load_study,
     override,
     replace,
     to_json,
@@ -227,53 +226,6 @@ def test_json_and_back(study):
 )
 def test_json_that_is_no_experiment(values, part):
     assert part in refused(from_json, Experiment, values)
-
-
-# --- a study's file ---------------------------------------------------------------------------------------------------
-
-
-def study_file(folder, text):
-    path = folder / "study.py"
-    path.write_text("from natfp_jax.config import *\n" + text)
-    return path
-
-
-def test_a_study_is_loaded_with_its_types_made_exact(tmp_path):
-    path = study_file(tmp_path, "study = Study(name='a', experiment=Experiment(optimiser=Optimiser(learning_rate=1)))")
-    study = load_study(path)
-    assert study == Study(name="a", experiment=Experiment(optimiser=Optimiser(learning_rate=1.0)))
-    assert isinstance(study.experiment.optimiser.learning_rate, float)  # 1 and 1.0 would have two fingerprints
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("x = 1", ["must define `study = Study(...)`", "NoneType"]),
-        ("study = 3", ["must define `study = Study(...)`", "int"]),
-        ("study = Study(name='a', size=3)", ["failed: TypeError", "size"]),
-        ("raise ValueError('one\\ntwo')", ["failed: ValueError: one two"]),
-        ("def f(:", ["failed: SyntaxError", "study.py, line 2"]),
-        ("import not_installed_anywhere", ["failed: ModuleNotFoundError", "not_installed_anywhere"]),
-        ("study = override(Study(name='a'), 'experiment.model.widht=3')", ["did you mean 'experiment.model.width'"]),
-        ("study = Study(name='a/b')", ["not a Study: name: "]),
-        ("study = Study(name='a', experiment=Model())", ["not a Study: experiment.width: unexpected keyword argument"]),
-        ("study = Study(name='a', experiment=Experiment(model=None))", ["experiment.model: input should be an object"]),
-        ("study = Study(name='a', experiment=Experiment(model=Model(width='3')))", ["experiment.model.width", "integer"]),
-        ("study = Study(name='a', experiment=Experiment(model=Model(rope_theta=float('inf'))))", ["rope_theta", "finite"]),
-        ("study = Study(name='a', factors=Factor('seeds.init', (0, 1)))", ["factors: input should be a valid array"]),
-        ("study = Study(name='a', factors=(Factor('seeds.init', (0, len)),))", ["builtin_function_or_method"]),
-    ],
-)
-def test_a_broken_study_is_one_line(tmp_path, text, parts):
-    message = refused(load_study, study_file(tmp_path, text))
-    for part in parts:
-        assert part in message
-
-
-def test_a_missing_study(tmp_path):
-    assert refused(load_study, tmp_path / "none.py") == f"{tmp_path / 'none.py'} is no file: give a study such as " + (
-        "configs/quickstart.py"
-    )
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natfp_jax import files, ingest
-from natfp_jax.config import Corpus, Stories, TextFolder, Tfds
+from natfp_jax.config import Corpus, Data, Stories, TextFolder, Tfds
 from natfp_jax.corpus import prepare
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.progress import Progress
@@ -239,9 +239,10 @@ def test_windows_are_those_of_the_concatenation(lengths, seq_len, data):
     ids = np.arange(sum(lengths), dtype="<u2") * 7
     shards = np.split(ids, np.cumsum(lengths)[:-1])
     available = len(ids) // (seq_len + 1)
-    count = data.draw(st.integers(0, available))
-    windows = Windows(shards, seq_len, count)
-    plain = ids[: count * (seq_len + 1)].reshape(count, seq_len + 1)
+    first = data.draw(st.integers(0, available))
+    count = data.draw(st.integers(0, available - first))
+    windows = Windows(shards, seq_len, count, first)
+    plain = ids[first * (seq_len + 1) : (first + count) * (seq_len + 1)].reshape(count, seq_len + 1)
     indices = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=8)) if count else [], np.int64)
     rows = windows.rows(indices)
     assert rows.dtype == np.int32
@@ -262,6 +263,12 @@ def test_windows_of_a_store(store):
         UserError, match=rf"{available + 1} windows of 64 \+ 1 tokens were asked for, it has {available}"
     ) as caught:
         store.windows(64, available + 1)
+    one_line(caught)
+    halves = [store.pool(Data(seq_len=64, windows=available // 2, first=first)) for first in (0, available // 2)]
+    rows = np.concatenate([half.rows(np.arange(half.count)) for half in halves])
+    np.testing.assert_array_equal(rows, windows.rows(np.arange(len(rows))))  # together the whole, and nothing twice
+    with pytest.raises(UserError, match=rf"{available} windows of 64 \+ 1 tokens from window 1 on were asked for") as caught:
+        store.windows(64, available, 1)
     one_line(caught)
 
 

@@ -39,7 +39,7 @@ SETTINGS = Run(checkpoints=(0.1, 0.3, 0.5, 0.7, 0.9), log_every=3, validation_wi
 def work(root, folder, minutes, wait):
     """Trains as the command does: what a kill left half done is set aside, and a signal is answered with a saved step."""
     store, data = prepare(CORPUS, root, Progress(quiet=True)), EXPERIMENT.data
-    pool = store.windows(data.seq_len, data.windows).sha256()
+    pool = store.pool(data).sha256()
     done = 0
 
     def advance(steps):

@@ -2,14 +2,29 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natfp_jax.config import Data, Experiment, Factor, MachineDocs, Perturb, Sampling, Stories, Study, TextFolder, to_json
+from natfp_jax.config import (
+    Attribution,
+    Data,
+    Experiment,
+    Factor,
+    MachineDocs,
+    Model,
+    Perturb,
+    Sampling,
+    Seeds,
+    Stories,
+    Study,
+    TextFolder,
+    to_json,
+)
 from natfp_jax.errors import UserError
-from natfp_jax.study import arms, comparisons, decisive, draws, lacking
+from natfp_jax.study import arms, comparisons, decisive, draws, labels, lacking
 
 LEVELS = {
     "seeds.init": (0, 1, 2, 3),
@@ -141,7 +156,7 @@ def test_pairs_along_a_factor_hold_all_others_fixed(study):
             for label, (draw,) in pair.classes.items():
                 assert label == str(fields(by_id[draw.arm].experiment)[factor.path])
                 assert f" {label}" in pair.name
-            others = [o for o in study.factors if o is not factor]
+            others = [o for o in study.factors if o is not factor and study.design == "crossed"]  # else at the base's level
             for other in others:  # what is held fixed is said
                 assert f"{other.name} {fields(a)[other.path]}" in pair.name
 
@@ -271,13 +286,51 @@ def test_two_factors_of_one_short_name_are_refused():
     "fields",
     [
         {"factors": (Factor("optimiser.learning_rate", (1, 1.0)),)},  # two ways to write one level
-        {"factors": (Factor("seeds", ({"init": 0}, {"init": 1})), INIT)},  # one factor undoes the other
         {"factors": (Factor("perturb", (None, Perturb())),), "twin": Perturb()},
     ],
 )
 def test_arms_that_are_the_same_experiment_are_refused(fields):
     """They would share a run and its noise: two draws that are one."""
     refused(Study(name="s", **fields), "are the same experiment")
+
+
+def test_one_factor_may_vary_what_another_varies_alone():
+    """Init, order, and both together: each arm differs from the base in its own factor and nothing else."""
+    both = Factor("seeds", (Seeds(0, 5), Seeds(1, 6), Seeds(2, 7)))
+    factors = (Factor("seeds.init", (0, 1, 2)), Factor("seeds.order", (5, 6, 7)), both)
+    found = arms(Study(name="s", factors=factors, design="one_at_a_time", twin=Perturb()))
+    seeds = {arm.id: (arm.experiment.seeds.init, arm.experiment.seeds.order) for arm in found}
+    assert seeds == {
+        **{"base": (0, 5), "init1": (1, 5), "init2": (2, 5), "order6": (0, 6), "order7": (0, 7)},
+        **{"seedsinit1+order6": (1, 6), "seedsinit2+order7": (2, 7), "base-twin": (0, 5)},
+    }
+    refused(Study(name="s", factors=factors), "seeds and seeds.init set the same field", "one_at_a_time")
+    other = (Factor("seeds", (Seeds(3, 5), Seeds(1, 6))), factors[0])
+    refused(Study(name="s", factors=other, design="one_at_a_time"), "seeds and seeds.init", "make them agree")
+
+
+def test_levels_of_many_fields_are_called_by_what_differs():
+    assert labels(Factor("model", (Model(), Model(width=64, heads=2)))) == ["width128+heads4", "width64+heads2"]
+    assert labels(Factor("corpus.source", (MachineDocs(), Stories(count=9)))) == ["machine_docs", "stories"]
+    assert labels(Factor("corpus.source", (Stories(seed=1), Stories(seed=2)))) == ["seed1", "seed2"]
+    assert labels(Factor("perturb", (None, Perturb()))) == ["null", '{"index":0,"parameter":"layers/attention/q","ulps":1}']
+
+
+@settings(deadline=None)
+@given(studies(), st.sampled_from([(), (3,), (4, 3), (9,)]))
+def test_of_many_levels_the_first_few_are_told_apart_too(study, counts):
+    plain, more = comparisons(study), comparisons(replace(study, attribution=Attribution(class_counts=counts)))
+    assert [one for one in more if "levels" not in one.name] == plain
+    assert decisive(more) == decisive(plain)
+    added = [one for one in more if one not in plain]
+    levels = {factor.name: labels(factor) for factor in study.factors}
+    steps = len({one.step for one in plain})
+    wanted = [(name, count) for name, some in levels.items() for count in counts if count < len(some)]
+    assert len(added) == steps * len(wanted)
+    for one in added:
+        assert list(one.classes) == levels[one.factor][: len(one.classes)]
+        assert (one.factor, len(one.classes)) in wanted
+        assert len({len(some) for some in one.classes.values()}) == 1, "chance is one over the classes"
 
 
 def test_a_twin_that_moves_nothing_is_refused():

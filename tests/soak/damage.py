@@ -25,8 +25,9 @@ from rich.table import Table
 
 from natfp_jax import cli, config
 from natfp_jax.audit import audit
-from natfp_jax.config import Study, load_study
+from natfp_jax.config import Study
 from natfp_jax.errors import UserError
+from natfp_jax.loading import load_study
 from natfp_jax.progress import Progress
 from natfp_jax.stopping import Stop
 from tests.soak.kills import begun

@@ -23,9 +23,10 @@ from natfp_jax import checkpoint, config, files, mesh, params
 from natfp_jax.audit import audit
 from natfp_jax.checkpoint import Checkpoints
 from natfp_jax.claims import Claim, table
-from natfp_jax.config import Experiment, Study, load_study
+from natfp_jax.config import Experiment, Study
 from natfp_jax.corpus import opened
 from natfp_jax.lineage import weight_hash
+from natfp_jax.loading import load_study
 from natfp_jax.progress import Progress
 from natfp_jax.runs import RunFolder
 from tests.soak.damage import carried_out

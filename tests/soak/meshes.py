@@ -19,7 +19,19 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["STUCK", "STUDY", "Case", "cleared", "command", "environment", "finished", "free_port", "latest", "trained", "weights_of"]
+__all__ = [
+    "STUCK",
+    "STUDY",
+    "Case",
+    "cleared",
+    "command",
+    "environment",
+    "finished",
+    "free_port",
+    "latest",
+    "trained",
+    "weights_of",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = """
