@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import pydantic
 import pydantic_core
@@ -146,15 +146,20 @@ class Data(Strict):
 
 @dataclass(frozen=True)
 class Optimiser(Strict):
-    """AdamW with clipping, warm-up and a schedule."""
+    """How a gradient becomes an update, with clipping, warm-up and a schedule.
 
+    The numbers mean what `kind` makes of them (see `natfp_jax.optim`), and their defaults are AdamW's: Lion's authors take 0.9
+    and 0.99 as its betas with a rate 3 to 10 times lower and as much more decay, Muon's 0.95 as its momentum.
+    """
+
+    kind: Literal["adamw", "lion", "muon"] = "adamw"
     learning_rate: PositiveFloat = 3e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Fraction = 0.05  # of the steps
     final: Fraction = 0.1  # the last learning rate as a part of the highest; `constant` ignores it
-    beta1: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.95
-    epsilon: PositiveFloat = 1e-8
+    beta1: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9  # of the momentum; Lion: of momentum and gradient, for the update
+    beta2: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.95  # of the squares; Lion: of the momentum that it keeps
+    epsilon: PositiveFloat = 1e-8  # Lion ignores it
     weight_decay: NonNegativeFloat = 0.1  # on matrices only
     clip: PositiveFloat = 1.0  # global norm of the gradient
     nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number: end the run, or leave the step out
@@ -210,7 +215,8 @@ class Experiment(Strict):
 
 def shape(experiment: Experiment) -> Experiment:
     """What arms must have in common to train as one program: all but the seeds, the numbers of the optimiser, and the text."""
-    optimiser = Optimiser(schedule=experiment.optimiser.schedule, nonfinite=experiment.optimiser.nonfinite)
+    given = experiment.optimiser
+    optimiser = Optimiser(kind=given.kind, schedule=given.schedule, nonfinite=given.nonfinite)
     data = dataclasses.replace(experiment.data, first=0)
     return dataclasses.replace(experiment, corpus=Corpus(), data=data, optimiser=optimiser, seeds=Seeds(), perturb=None)
 
@@ -483,7 +489,8 @@ def _without_defaults(config: Any) -> Any:
     kept = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if f.name == "kind" or value != f.default:
+        tag = f.name == "kind" and len(get_args(f.type)) == 1  # says which class it is; other fields of the name are settings
+        if tag or value != f.default:
             kept[f.name] = _without_defaults(value)
     return kept
 

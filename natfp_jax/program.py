@@ -71,7 +71,13 @@ class Program:
         self._start = tx.init
         shapes = State(alone, jax.eval_shape(tx.init, alone))
         optimiser = optax.tree_map_params(
-            tx, lambda _, sharding: sharding, shapes.optimiser, by_table, transform_non_params=lambda _: one
+            tx,
+            # Where each of several transformations has some of the parameters, the others are nodes without a leaf.
+            lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
+            shapes.optimiser,
+            by_table,
+            transform_non_params=lambda _: one,
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
         shardings = State(by_table, optimiser)
         self.one: State = with_shardings(shapes, shardings)  # of one arm: shapes, dtypes and shardings
@@ -147,7 +153,9 @@ class Program:
     # --- what is computed ---
 
     def _optimiser(self, numbers: Hyperparameters) -> optax.GradientTransformation:
-        return optim.optimiser(numbers, self.shape.optimiser.schedule, self.shape.steps, self._specs)
+        settings = self.shape.optimiser
+        rate = optim.schedule(numbers, settings.schedule, self.shape.steps)
+        return optim.optimiser(numbers, settings.kind, rate, self._specs)
 
     def _loss(self, tree: Params, windows_BT: jax.Array) -> jax.Array:
         # Inside of `shard_map` the mesh is that of the axes which are left to the compiler.

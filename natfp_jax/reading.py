@@ -185,7 +185,7 @@ class _State(NamedTuple):
 
 def _optimiser(network: Network, numbers: Hyperparameters) -> optax.GradientTransformation:
     # Constant, since it is not known when it ends: what a falling rate would gain, the best epoch has for less.
-    return optim.optimiser(numbers, "constant", 1, network.specs)
+    return optim.optimiser(numbers, "adamw", optim.schedule(numbers, "constant", 1), network.specs)
 
 
 @partial(jax.jit, static_argnames="network")

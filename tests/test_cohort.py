@@ -333,6 +333,55 @@ def test_a_log_stands_while_companions_catch_up(members, alone, one_device, tmp_
     assert everything(RunFolder(tmp_path / "0")) == everything(RunFolder(alone / "0"))
 
 
+# --- other optimisers -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["lion", "muon"])
+def other(request, tiny):
+    """The tiny experiment with another optimiser than AdamW."""
+    return replace(tiny, "optimiser.kind", request.param)
+
+
+@pytest.fixture(scope="module")
+def other_alone(other, members, one_device, tmp_path_factory):
+    """Two arms of another optimiser, which differ in their rate, each by itself; read only."""
+    root = tmp_path_factory.mktemp("other")
+    program._program.cache_clear()
+    for member in members(root, [0, 3], other):
+        trained([member], one_device)
+    assert program._program.cache_info().misses == 1  # another rate is no other program
+    return root
+
+
+def test_another_optimiser_learns_and_its_stopped_replicas_are_their_solo_runs(
+    other, other_alone, members, one_device, tmp_path
+):
+    saved, first = stopped(members(tmp_path, [0, 3], other), one_device), []
+    cohort = members(tmp_path, [0, 3], other)
+    trained(cohort, one_device, first.append)
+    assert first[0] == saved * 2
+    for place, member in zip([0, 3], cohort, strict=True):
+        assert everything(member.run) == everything(RunFolder(other_alone / str(place)))
+        assert member.run.record(16)["val_loss"] < member.run.record(0)["val_loss"] - 0.2
+    assert weights(cohort[0].run) != weights(cohort[1].run)
+
+
+def test_another_optimiser_in_batches_over_sharded_replicas_is_close_to_solo_runs(
+    other, other_alone, members, tiny_store, one_device, tmp_path
+):
+    cohort = members(tmp_path, [0, 3], other)
+    trained(cohort, mesh.make(config.Mesh(fsdp=2), jax.devices()[:2]), execution="fast")
+    for place, member in zip([0, 3], cohort, strict=True):
+        solo = RunFolder(other_alone / str(place))
+        assert member.run.record(0)["weights"] == solo.record(0)["weights"]
+        assert member.run.record(16)["val_loss"] == pytest.approx(solo.record(16)["val_loss"], rel=1e-4)
+        ours, theirs = (
+            params.flatten(load_params(run, 4, member.experiment, tiny_store, one_device)) for run in (member.run, solo)
+        )
+        for path, leaf in theirs.items():
+            np.testing.assert_allclose(ours[path], leaf, rtol=0, atol=2e-5, err_msg=path)
+
+
 # --- what ends one arm ------------------------------------------------------------------------------------------------
 
 

@@ -187,6 +187,7 @@ EXPERIMENTS = st.builds(
     data=st.builds(Data, windows=SIZES, epochs=SIZES, batch=SIZES),
     optimiser=st.builds(
         Optimiser,
+        kind=st.sampled_from(["adamw", "lion", "muon"]),
         learning_rate=RATES,
         warmup=FRACTIONS,
         beta2=st.floats(0, 1, exclude_max=True),
@@ -233,7 +234,7 @@ def test_json_that_is_no_experiment(values, part):
 
 def another(name, value):
     """A valid value of a field that differs from `value`."""
-    texts = {"mlp": "gelu", "dtype": "bfloat16", "schedule": "linear", "nonfinite": "skip"}
+    texts = {"mlp": "gelu", "dtype": "bfloat16", "kind": "lion", "schedule": "linear", "nonfinite": "skip"}
     numbers = {"kv_heads": 2, "mlp_width": 96}
     if name in texts:
         return texts[name]
@@ -274,6 +275,16 @@ def test_the_fingerprint_is_the_hash_of_what_is_not_default():
     text = '{"config":{"model":{"kv_heads":2,"width":64},"seeds":{"order":3}},"inputs":{"pool":"p"}}'
     assert fingerprint(experiment, {"pool": "p"}) == hashlib.sha256(text.encode()).hexdigest()
     assert fingerprint(Experiment()) == hashlib.sha256(b'{"config":{},"inputs":{}}').hexdigest()
+
+
+def test_the_kind_of_a_source_is_always_hashed_and_that_of_the_optimiser_only_where_it_is_not_the_default():
+    """Two sources at their defaults differ in nothing else; fingerprints are older than other optimisers than AdamW."""
+    text = '{"config":{"optimiser":{"learning_rate":0.5}},"inputs":{}}'
+    experiment = Experiment(optimiser=Optimiser(learning_rate=0.5))
+    assert fingerprint(experiment) == hashlib.sha256(text.encode()).hexdigest()
+    other = text.replace('"learning_rate"', '"kind":"muon","learning_rate"')
+    assert fingerprint(replace(experiment, "optimiser.kind", "muon")) == hashlib.sha256(other.encode()).hexdigest()
+    assert fingerprint(Stories()) == hashlib.sha256(b'{"config":{"kind":"stories"},"inputs":{}}').hexdigest()
 
 
 def test_a_field_that_is_added_later_at_its_default_changes_no_fingerprint():

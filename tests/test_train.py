@@ -201,6 +201,22 @@ def test_weights_and_moments_lie_as_the_table_says_and_the_old_state_is_given_up
             assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}
 
 
+@pytest.mark.parametrize(("kind", "copies"), [("adamw", (2, 2)), ("lion", (1, 1)), ("muon", (1, 2))])
+def test_moments_of_every_optimiser_lie_as_the_table_says(kind, copies, tiny, tiny_store):
+    """So many of each matrix of the layers, and of every other parameter."""
+    devices = made((1, 2, 2, 2))
+    state = train.program_of(replace(tiny, "optimiser.kind", kind), tiny_store, devices, Run()).state.optimiser
+    found = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        names = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey)).removeprefix("matrix/")
+        found.append((names.removeprefix("other/"), leaf.sharding))
+    specs = params.table(tiny.model, tiny_store.tokenizer.padded_size)
+    for name, spec in specs.items():
+        shardings = [sharding for other, sharding in found if other == name]
+        assert shardings == [NamedSharding(devices, PartitionSpec("replica", *spec.partition))] * copies[len(spec.dims) < 3]
+    assert {sharding.spec for name, sharding in found if name not in specs} == {PartitionSpec("replica")}  # counts
+
+
 def test_bfloat16_trains_with_weights_in_float32(tiny, tiny_store, tiny_run, one_device, four_steps):
     half = replace(tiny, "model.dtype", "bfloat16")
     run = four_steps(half)
