@@ -221,7 +221,8 @@ class _Pairs:
 
 def _point(one: Comparison, result: attribution.Result, bound: Ceiling) -> dict[str, Any]:
     """A point of a learning curve: no test, since the same texts were tested with all others."""
-    kept = ("classifier", "training_texts", "test_texts", "chance", "accuracy", "ci95", "bits_per_text", "share", "share_ci95")
+    judged = "accuracy", "ci95", "bits_per_text", "validation_bits", "share", "share_ci95"
+    kept = "classifier", "training_texts", "test_texts", "chance", *judged
     found = asdict(result)
     bounds = {"ceiling": bound.accuracy, "ceiling_ci95": bound.ci95}
     return {**_named(one), "new_tokens": one.length, **{name: found[name] for name in kept}, **bounds}

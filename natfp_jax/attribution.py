@@ -150,6 +150,8 @@ class Result:
       auc: mean over pairs of classes.
       auc_ci95: percentile interval of the AUC, documents resampled.
       bits_per_text: log2 of the number of classes less the log-loss in bits; may be negative.
+      validation_bits: the same on the validation texts, of the classifier that was fitted on the training texts alone; a
+        network's scale was fitted on those validation texts too (`ladder.Judged`).
       share: of the ceiling's excess over chance, how much the classifier reads; None without an excess or a ceiling.
       share_ci95: its percentile interval, documents resampled.
       pooled: decisions on several texts.
@@ -171,6 +173,7 @@ class Result:
     auc: float
     auc_ci95: tuple[float, float]
     bits_per_text: float
+    validation_bits: float
     share: float | None
     share_ci95: tuple[float, float] | None
     pooled: list[Pooled]
@@ -281,6 +284,7 @@ def attribute(
         auc=stats.pairwise_auc(probabilities_NK, labels_N),
         auc_ci95=stats.auc_interval(probabilities_NK, labels_N, document_N, random("auc"), settings.bootstraps),
         bits_per_text=stats.bits_per_text(probabilities_NK, labels_N),
+        validation_bits=judged.validation_bits,
         share=float((correct_N.mean() - chance) / (bound.accuracy - chance))
         if bound is not None and share is not None
         else None,

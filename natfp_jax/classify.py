@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from natfp_jax.errors import UserError
 
 __all__ = [
     "Bag",
+    "Choice",
     "Features",
     "Subwords",
     "Tokenizer",
@@ -212,6 +213,18 @@ def pipeline(kind: Bag, tokenizer: Tokenizer, C: float = 1.0, kept: int = KEPT[0
     return Pipeline([("counts", bag(kind, tokenizer)), *_classifier(kept if kind == "ngrams" else None, C).steps])
 
 
+class Choice(NamedTuple):
+    """What a validation part chose among classifiers.
+
+    Attributes:
+      fitted: the best, on training and validation rows.
+      loss: the mean log-loss on the validation rows, in nats, of the same classifier fitted on the training rows alone.
+    """
+
+    fitted: Pipeline
+    loss: float
+
+
 def choose(
     among: Sequence[Pipeline],
     counts_NV: sparse.csr_array,
@@ -219,7 +232,7 @@ def choose(
     training_N: NDArray[np.bool_],
     validation_N: NDArray[np.bool_],
     tried_N: NDArray[np.bool_],
-) -> Pipeline:
+) -> Choice:
     """The classifier that does best on the validation rows, fitted on training and validation rows.
 
     Best is the smallest log-loss; of equals, the first. Log-loss and not accuracy, because it is a proper score that uses
@@ -228,13 +241,13 @@ def choose(
     are never looked at, and columns without a count in these rows are weightless.
 
     Args:
-      among: unfitted; one alone is not tried.
-      tried_N: the rows of either part that the trials are made with; all, or enough of very many.
+      among: unfitted; of one alone the loss is all that is asked.
+      tried_N: the rows of either part that the trials are made with; all, or enough of very many. The loss is then of one
+        more fit, on all training rows: it is compared with those of classifiers that have read them all.
     """
 
-    def losses(some: list[Pipeline]) -> Iterator[float]:
+    def losses(some: list[Pipeline], training: NDArray[np.bool_], validation: NDArray[np.bool_]) -> Iterator[float]:
         """Of classifiers that select alike: selecting among a million columns takes longer than fitting what is left."""
-        training, validation = training_N & tried_N, validation_N & tried_N
         selecting, train_NV, held_NV = some[0][:-1], counts_NV[training], counts_NV[validation]
         if len(selecting):
             train_NV = selecting.fit_transform(train_NV, labels_N[training])
@@ -243,14 +256,16 @@ def choose(
             fitted = one[-1].fit(train_NV, labels_N[training])
             yield float(log_loss(labels_N[validation], fitted.predict_proba(held_NV), labels=fitted.classes_))
 
-    best = among[0]
+    best, loss, known_N = among[0], None, training_N | validation_N
     if len(among) > 1:
         alike = itertools.groupby(among, key=lambda one: one["select"].k if "select" in one.named_steps else None)
-        found = [loss for _, some in alike for loss in losses(list(some))]
-        best = among[int(np.argmin(found))]
-    known_N = training_N | validation_N
+        tried = training_N & tried_N, validation_N & tried_N
+        found = [loss for _, some in alike for loss in losses(list(some), *tried)]
+        best, loss = among[int(np.argmin(found))], min(found)
+    if loss is None or not tried_N[known_N].all():
+        (loss,) = losses([best], training_N, validation_N)
     known_NV = counts_NV if known_N.all() else counts_NV[known_N]  # what can be without a copy is the largest matrix
-    return best.fit(known_NV, labels_N[known_N])
+    return Choice(best.fit(known_NV, labels_N[known_N]), loss)
 
 
 def chosen(fitted: Pipeline) -> dict[str, float]:

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
+    "LEAST_EXCESS",
     "SIGNIFICANT",
     "Row",
     "Summary",
+    "best",
+    "best_rungs",
     "confused",
     "coverage",
+    "decision",
     "decisive",
     "groups",
     "headline",
@@ -28,7 +32,8 @@ __all__ = [
 ]
 
 SIGNIFICANT = 0.05  # of the p-value after Holm
-LEAK = 0.01  # the same, for a null
+LEAST_EXCESS = 0.02  # of an accuracy over chance: two points are the least that is of interest
+LEAK = 0.01  # the same as `SIGNIFICANT`, for a null
 BEYOND = 4  # standard errors above the ceiling that no classifier of a sound study reaches, among hundreds of tests
 
 Summary = dict[str, Any]
@@ -99,6 +104,33 @@ def decisive(summary: Summary) -> list[Row]:
 
 def _decisive(group: list[Row]) -> list[Row]:
     return [row for row in group if pooled(row)] or group
+
+
+def best(rows: list[Row]) -> Row:
+    """Of one comparison's rows by several classifiers, that of the most bits per text on the validation texts.
+
+    No test text has a say, so that its accuracy is not the luckiest of several. Of equals, the first.
+    """
+    return max(rows, key=lambda row: float(row["validation_bits"]))
+
+
+def best_rungs(summary: Summary) -> list[Row]:
+    """Of each comparison that the study's answer rests on, the `best` row."""
+    found: dict[tuple[int, str, str], list[Row]] = {}
+    for row in decisive(summary):
+        found.setdefault((row["checkpoint"], row["setting"], row["name"]), []).append(row)
+    return [best(rows) for rows in found.values()]
+
+
+def decision(row: Row) -> str:
+    """Whether a classifier sees something: "seen", "not seen" or "not decided at this power".
+
+    Seen is what is significant after Holm. Not seen: the 95 % interval of the accuracy ends below chance and `LEAST_EXCESS`,
+    so that whatever there is, is of no interest. Anything else was asked with too few texts.
+    """
+    if row["p_holm"] < SIGNIFICANT:
+        return "seen"
+    return "not seen" if row["ci95"][1] < row["chance"] + LEAST_EXCESS else "not decided at this power"
 
 
 def verdicts(summary: Summary) -> list[str]:
@@ -243,6 +275,10 @@ def coverage(summary: Summary) -> list[str]:
         "training of the classifier, nor that of the models: another run of the same level may read otherwise.",
         f"Holm's correction is over all {len(summary['comparisons'])} tests of this study. With {settings['permutations']} "
         f"permutations the least value that a test can reach is {p_text(least)} before and {p_text(least_holm)} after it.",
+        "Which rung is best is chosen by its bits per text on the validation part, fitted on the training part alone; no test "
+        "text has a say. A network's epoch and scale were fitted to the validation texts too, and so was the penalty of a "
+        f"classifier of counts. *Seen*: p Holm < {SIGNIFICANT}. *Not seen*: the interval of the accuracy ends below chance and "
+        f"{100 * LEAST_EXCESS:g} points, the least excess that is of interest. Anything else is not decided at this power.",
         "The ceiling is the accuracy of the likelihood itself on the same texts: no classifier can be better but by chance. "
         "Where its interval lies above chance, the models differ, whether or not a classifier finds it. The share is how much "
         "of the ceiling's excess over chance a classifier reads.",

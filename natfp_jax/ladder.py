@@ -60,12 +60,16 @@ class Judged:
       chosen: what the validation part chose; of a network, after how many looks at it training ended best.
       telling: the pieces that speak most for each class, strongest first; empty where a rung has no such pieces.
       classifier: what was fitted, from texts to classes, with the same probabilities.
+      validation_bits: bits per text on the validation texts of the classifier fitted on the training texts alone (log2 of
+        the number of classes less the log-loss in bits; `stats.bits_per_text`). No test text is in it, so classifiers may be
+        chosen by it. What was chosen there is a little flattered: a penalty, or a network's epoch and scale.
     """
 
     probabilities_NK: NDArray[np.float64]
     chosen: dict[str, float]
     telling: list[list[str]]
     classifier: Any
+    validation_bits: float
 
 
 class Rung(Protocol):
@@ -112,13 +116,14 @@ class Counted:
             counts_NV = counts_NV[:, used_V]
         among = classify.candidates(self.features.kind, settings.regularisation)
         masks = (mask_N[known_N] for mask_N in (task.training_N, task.validation_N, task.tried_N))
-        fitted = classify.choose(among, counts_NV, task.labels_N[known_N], *masks)
+        fitted, loss = classify.choose(among, counts_NV, task.labels_N[known_N], *masks)
         telling = classify.telling(fitted, counts_NV, TELLING)
         return Judged(
             fitted.predict_proba(self.features.counts_NV[task.rows[task.test_N]][:, used_V]),
             classify.chosen(fitted),
             [self.features.names(used_V[columns]) for columns in telling],
             self.features.whole(fitted, used_V),
+            _bits(loss, len(fitted.classes_)),
         )
 
 
@@ -137,8 +142,8 @@ class Read:
             return [self.texts[row] for row in task.rows[mask_N]], task.labels_N[mask_N].tolist()
 
         network = self._unfitted(settings).fit(*part(task.training_N), validation=part(task.validation_N))
-        looks = int(np.argmin(network.losses_)) + 1
-        return Judged(network.predict_proba(part(task.test_N)[0]), {"looks": looks}, [], network)
+        looks, bits = int(np.argmin(network.losses_)) + 1, _bits(min(network.losses_), len(network.classes_))
+        return Judged(network.predict_proba(part(task.test_N)[0]), {"looks": looks}, [], network, bits)
 
     def _unfitted(self, settings: config.Attribution) -> LanguageModels | Reader | Encoder:
         if self.kind == "encoder":
@@ -148,6 +153,11 @@ class Read:
                 )
             return Encoder(settings.encoder, seed=settings.split_seed)
         return {"lm": LanguageModels, "transformer": Reader}[self.kind](self.tokenizer, seed=settings.split_seed)
+
+
+def _bits(loss: float, classes: int) -> float:
+    """What a text tells of its class, by a log-loss in nats."""
+    return float((np.log(classes) - loss) / np.log(2))
 
 
 def prepare(kind: Any, texts: Sequence[str], tokenizer: Tokenizer) -> Rung:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from natfp_jax.courses import trajectories
 from natfp_jax.findings import (
     Summary,
+    best_rungs,
     confused,
     coverage,
+    decision,
     decisive,
     headline,
     interval,
@@ -86,6 +88,19 @@ def _comparison_grid(summary: Summary) -> str:
         for row in summary["comparisons"]
     ]
     return _grid([*header, "ceiling % [95 %]", "share % [95 %]", "test texts", "test prompts"], rows, words=2)
+
+
+def _best_grid(summary: Summary) -> str:
+    header = ["comparison", "best by validation", "decision", "step", "validation bits/text", "accuracy % [95 %]", "chance %"]
+    rows = [
+        [
+            *(titled(row), row["classifier"], decision(row), str(row["checkpoint"]), f"{row['validation_bits']:+.3f}"),
+            *(interval(row), percent(row["chance"]), p_text(row["p_holm"])),
+            *(interval(row, "ceiling", "ceiling_ci95"), share(row)),
+        ]
+        for row in best_rungs(summary)
+    ]
+    return _grid([*header, "p Holm", "ceiling % [95 %]", "share % [95 %]"], rows, words=3)
 
 
 def _learning_grid(summary: Summary) -> str:
@@ -207,6 +222,9 @@ def markdown(summary: Summary) -> str:
         _comparison_grid(summary),
         "![accuracies with intervals, chance and ceilings](accuracies.png)",
         "*Bars are 95 % intervals over test documents; dashed lines are chance, diamonds the likelihood ceiling.*",
+        "## Which rung is best",
+        "Of each comparison that the answer rests on, the classifier with the most bits per text on the validation part.",
+        _best_grid(summary),
         "## What the accuracy goes with",
         "![accuracy by training step, texts to learn from, their length, and texts in one decision](courses.png)",
         "*Bands are 95 % intervals over test documents (over groups of prompts where texts are pooled); black is the "

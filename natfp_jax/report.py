@@ -35,7 +35,9 @@ def summarise(work: Workspace) -> Summary:
         raise UserError(f"{path} does not exist: run `natfp attribute` first")
     work.check_trained()
     attributed = files.read_remade(path)
-    if missing := [name for name in ANALYSES if name not in attributed]:
+    missing = [name for name in ANALYSES if name not in attributed]
+    missing += ["validation_bits"] if any("validation_bits" not in row for row in attributed.get("comparisons", ())) else []
+    if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}, as another version wrote it: run `natfp attribute` again")
     records = {arm: _records(work, arm) for arm in work.arms}
     summary = {

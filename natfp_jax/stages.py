@@ -32,7 +32,7 @@ from natfp_jax.workspace import Workspace, write_if_new
 
 __all__ = ["Work"]
 
-_RECIPE = 3  # raised when a change of the code attributes the same texts otherwise
+_RECIPE = 4  # raised when a change of the code attributes the same texts otherwise
 
 
 class Work(Workspace):

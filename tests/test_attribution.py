@@ -86,6 +86,7 @@ def test_results_equal_a_plain_script(arms, kind):
     assert result.confusion == confusion_matrix(true, predicted).tolist()
     bits = np.log2(arms) - log_loss(true, model.predict_proba(counts)) / np.log(2)
     assert result.bits_per_text == pytest.approx(bits, abs=1e-4)
+    assert result.validation_bits == pytest.approx(np.log2(arms) - losses[best] / np.log(2), abs=1e-4)
     assert result.test_texts == len(true)
     assert result.test_prompts == len(set(sources.prompts[part == "test"]))
     assert result.chance == 1 / arms

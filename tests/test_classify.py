@@ -194,12 +194,15 @@ def test_choice_follows_validation_log_loss_and_refits_on_both_parts():
     part = default_rng(1).choice(3, size=300, p=[0.5, 0.2, 0.3])
     grid = (1.0, 0.01, 0.1, 0.001)
     among = classify.candidates("words", grid)
-    chosen = classify.choose(among, features.counts_NV, labels, part == 0, part == 1, np.ones(300, bool))
+    chosen, loss = classify.choose(among, features.counts_NV, labels, part == 0, part == 1, np.ones(300, bool))
     losses = {}
     for C in grid:
         plain = classify.linear(C).fit(features.counts_NV[part == 0], labels[part == 0])
         losses[C] = log_loss(labels[part == 1], plain.predict_proba(features.counts_NV[part == 1]))
     assert classify.chosen(chosen) == {"C": min(losses, key=losses.get)}
+    assert loss == min(losses.values())
+    (alone,) = classify.candidates("words", (0.1,))
+    assert classify.choose([alone], features.counts_NV, labels, part == 0, part == 1, np.ones(300, bool)).loss == losses[0.1]
     both = classify.linear(chosen["linear"].C).fit(features.counts_NV[part < 2], labels[part < 2])
     assert (chosen["linear"].coef_ == both.coef_).all()
 
@@ -209,21 +212,24 @@ def test_settings_of_very_many_texts_are_chosen_with_some_and_fitted_with_all():
     counts = classify.featurise("words", texts, Characters()).counts_NV
     part, tried = default_rng(1).choice(2, size=300, p=[0.7, 0.3]), np.tile(np.arange(150) < 50, 2)
     among = classify.candidates("words", (0.01, 0.1))
-    chosen = classify.choose(among, counts, labels, part == 0, part == 1, tried)
-    few = classify.choose(
+    chosen, loss = classify.choose(among, counts, labels, part == 0, part == 1, tried)
+    few, _ = classify.choose(
         classify.candidates("words", (0.01, 0.1)), counts, labels, (part == 0) & tried, (part == 1) & tried, tried
     )
     assert classify.chosen(chosen) == classify.chosen(few)
     assert (chosen["linear"].coef_ == classify.linear(chosen["linear"].C).fit(counts, labels).coef_).all()
     assert (chosen["linear"].coef_ != few["linear"].coef_).any()
+    every = classify.linear(chosen["linear"].C).fit(counts[part == 0], labels[part == 0])
+    assert loss == log_loss(labels[part == 1], every.predict_proba(counts[part == 1]))
 
 
 def test_equal_losses_take_the_smallest_c():
     counts = sparse.csr_array(np.ones((8, 1)))  # one piece, once in every text: nothing to learn
     labels, training = np.tile([0, 1], 4), np.arange(8) < 4
     among = classify.candidates("words", (1.0, 0.01, 0.1))
-    chosen = classify.choose(among, counts, labels, training, ~training, np.ones(8, bool))
+    chosen, loss = classify.choose(among, counts, labels, training, ~training, np.ones(8, bool))
     assert classify.chosen(chosen) == {"C": 0.01}
+    assert loss == pytest.approx(np.log(2))
 
 
 def told(kind, texts, labels, C, count):

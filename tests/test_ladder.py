@@ -7,7 +7,7 @@ import pytest
 from numpy.random import default_rng
 from test_reading import Chains, Characters
 
-from natfp_jax import ladder
+from natfp_jax import ladder, stats
 from natfp_jax.config import Attribution
 from natfp_jax.errors import UserError
 from natfp_jax.ladder import Task
@@ -51,6 +51,8 @@ def test_a_network_is_the_estimator_fitted_on_the_parts(kind, chains):
     alone = NETWORKS[kind](Letters(), seed=5).fit(*part(task.training_N), validation=part(task.validation_N))
     assert (found.probabilities_NK == alone.predict_proba(part(task.test_N)[0])).all()
     assert found.chosen == {"looks": alone.epoch_ + 1}
+    held, label_N = part(task.validation_N)
+    assert found.validation_bits == pytest.approx(stats.bits_per_text(alone.predict_proba(held), label_N), abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["subwords", "words", "ngrams", "lm"])
@@ -61,6 +63,7 @@ def test_the_test_texts_choose_and_teach_nothing(kind, chains):
     turned_N = np.where(task.test_N, 1 - task.labels_N, task.labels_N)
     again = ladder.prepare(kind, texts, Letters()).judge(replace(task, labels_N=turned_N), SETTINGS)
     assert (again.probabilities_NK == judged.probabilities_NK).all()
+    assert again.validation_bits == judged.validation_bits
     stay = np.flatnonzero(task.test_N)[:20]
     few_N = np.isin(np.arange(len(texts)), stay)
     fewer = ladder.prepare(kind, texts, Letters()).judge(replace(task, test_N=few_N), SETTINGS)

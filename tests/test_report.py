@@ -55,6 +55,7 @@ def row(classes, accuracy=0.5, p_value=0.5, p_holm=1.0, ceiling=0.95, **fields):
         "p_holm": p_holm,
         "auc": accuracy,
         "bits_per_text": -0.01,
+        "validation_bits": -0.02,
         "test_texts": 800 * k,
         "test_prompts": 800,
         "chosen": {"C": 0.1},
@@ -173,7 +174,7 @@ ROW = {
     **dict.fromkeys(("name", "factor", "classifier", "setting"), TEXT),
     **dict.fromkeys(("draws", "classes", "ci95"), list),
     **dict.fromkeys(("checkpoint", "test_texts", "test_prompts"), int),
-    **dict.fromkeys(("accuracy", "chance", "p_value", "p_holm", "auc", "bits_per_text", "ceiling"), NUMBER),
+    **dict.fromkeys(("accuracy", "chance", "p_value", "p_holm", "auc", "bits_per_text", "validation_bits", "ceiling"), NUMBER),
 }
 
 
@@ -357,6 +358,11 @@ def test_an_attribution_of_another_version_is_a_clear_mistake(work):
     files.write_json(work.folder / "attribution.json", {"inputs": "1", "comparisons": summary_of()["comparisons"]})
     with pytest.raises(UserError, match="another version wrote it: run `natfp attribute` again"):
         report.report(work)
+    rows = [{k: v for k, v in one.items() if k != "validation_bits"} for one in summary_of()["comparisons"]]
+    whole = {name: summary_of()[name] for name in report.ANALYSES}
+    files.write_json(work.folder / "attribution.json", {"inputs": "1", **whole, "comparisons": rows})
+    with pytest.raises(UserError, match=r"lacks validation_bits, as another version wrote it"):
+        report.report(work)
 
 
 def test_arms_that_do_not_share_the_numerics_record_are_on_the_first_line(work):
@@ -467,6 +473,41 @@ def test_a_line_of_many_pairs_counts_the_significant_ones():
 def test_names_with_brackets_are_shown_as_they_are():
     made = summary_of(change=lambda one: {**one, "name": one["name"].replace("null", "[bold]")})
     assert "[bold] of init0-order0" in rendered(tables.table(made))
+
+
+def test_the_best_rung_of_each_answer_is_chosen_on_the_validation_part():
+    """Whatever the test part says of it."""
+
+    def change(one):
+        worse = {"validation_bits": 0.125, "accuracy": 0.5} if one["classifier"] == "words" else {"accuracy": 0.9}
+        return {**one, **worse}
+
+    made = summary_of(change=change)
+    found = findings.best_rungs(made)
+    assert {one["classifier"] for one in found} == {"words"}
+    assert len(found) * len(Attribution().classifiers) == len(findings.decisive(made))
+    section = markdown(made).partition("## Which rung is best")[2].partition("\n## ")[0]
+    for one in found:
+        start = (
+            f"| {one['name']} | words | {findings.decision(one)} | {one['checkpoint']} | +0.125 | {findings.interval(one)} |"
+        )
+        assert sum(line.startswith(start) for line in section.splitlines()) == 1
+    assert any("best is chosen by its bits per text on the validation part" in said for said in findings.coverage(made))
+    first, second = row("ab"), row("ab", classifier="words")
+    assert findings.best([first, second]) is first
+
+
+@pytest.mark.parametrize(
+    ("p_holm", "high", "expected"),
+    [
+        (0.049, 0.51, "seen"),
+        (0.05, 0.519, "not seen"),
+        (1.0, 0.521, "not decided at this power"),
+        (0.05, 0.6, "not decided at this power"),
+    ],
+)
+def test_a_row_is_decided_by_its_p_value_or_by_the_end_of_its_interval(p_holm, high, expected):
+    assert findings.decision(row("ab", p_holm=p_holm, ci95=[0.4, high])) == expected
 
 
 # --- the verdicts -----------------------------------------------------------------------------------------------------
