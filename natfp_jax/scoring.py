@@ -1,11 +1,13 @@
 """The likelihoods that the ceiling is made of: of every draw's test texts, under every arm that it is compared with.
 
-Owns which of them are on record, and by what the others are computed. Must not know what is made of them.
+Owns by what they are computed, and what the sampler's record is used for. Must not know what is made of them.
+
+All arms are treated alike, the generating one too: two computations of one number round differently, and models that are a
+unit in the last place apart would be told by that.
 
 Letters after an underscore name the axes: N texts, W tokens.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -39,33 +41,49 @@ def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) ->
     for comparison in work.comparisons:
         for one in comparison.draws:
             for other in comparison.draws:
-                known = pairs.setdefault((other.arm, other.step), [])
-                if one not in known:
-                    known.append(one)
-    # A draw's own likelihood is what its sampler recorded; so is that under an arm of bitwise equal weights and shape.
+                compared = pairs.setdefault((other.arm, other.step), [])
+                if one not in compared:
+                    compared.append(one)
     hashes = processes.led(lambda: [work.run_of(arm).record(step)["weights"] for arm, step in pairs])
+    # Arms of bitwise equal weights and shape are one model, and have its likelihoods together, so that they tie exactly.
     models = {
         (arm, step): (weights, work.arms[arm].experiment.model) for (arm, step), weights in zip(pairs, hashes, strict=True)
     }
     lengths = work.study.sampling.lengths
 
+    def recorded(one: Draw) -> np.ndarray:
+        return texts.dense(drawn[one]["log_probabilities"].take(test), lengths[-1])
+
     def summed(log_p_NW: np.ndarray) -> np.ndarray:
         """Of each text's beginnings, a column a length, from those of its ids."""
         return np.stack([log_p_NW[:, :length].sum(axis=1, dtype=np.float64) for length in lengths], axis=1)
 
-    found, unknown = {}, list[tuple[str, int, Draw]]()
-    for (arm, step), compared in pairs.items():
-        for one in compared:
-            if models[one.arm, one.step] == models[arm, step]:
-                found[one, arm, step] = summed(texts.dense(drawn[one]["log_probabilities"].take(test), lengths[-1]))
-            else:
-                unknown.append((arm, step, one))
-    with work.progress.task("likelihood ceiling", len(unknown) * len(test), "texts") as advance:
-        for (arm, step), some in itertools.groupby(unknown, key=lambda each: each[:2]):
-            ids = {one: drawn[one]["ids"].take(test) for _, _, one in some}
-            for one, log_p_NW in zip(ids, _under(work, arm, step, ids, test, advance), strict=True):
-                found[one, arm, step] = summed(log_p_NW)
-    return found
+    checkpoints = {model: pair for pair, model in models.items()}  # one that is it
+    asked = {(one, models[pair]): None for pair, compared in pairs.items() for one in compared}
+    known: dict[tuple[Draw, Any], np.ndarray] = {}
+    unknown: dict[Any, list[Draw]] = {}
+    for one, model in asked:
+        if model == models[one.arm, one.step] and _by_sampler(work, one.arm):
+            known[one, model] = summed(recorded(one))  # what it would find again, bit for bit
+        else:
+            unknown.setdefault(model, []).append(one)
+    with work.progress.task("likelihood ceiling", sum(map(len, unknown.values())) * len(test), "texts") as advance:
+        for model, some in unknown.items():
+            ids = {one: drawn[one]["ids"].take(test) for one in some}
+            arm, step = checkpoints[model]
+            for one, log_p_NW in zip(some, _under(work, arm, step, ids, test, advance), strict=True):
+                # On the edge of a truncation rounding decides, and what was drawn is not impossible.
+                lost_NW = np.isneginf(log_p_NW) & (model == models[one.arm, one.step])
+                known[one, model] = summed(np.where(lost_NW, recorded(one)[:, : log_p_NW.shape[1]], log_p_NW))
+    return {(one, *pair): known[one, models[pair]] for pair, compared in pairs.items() for one in compared}
+
+
+def _by_sampler(work: Workspace, arm: str) -> bool:
+    """Whether likelihoods under an arm are what its sampler says.
+
+    In bfloat16 a forward pass is another distribution than the sampler's: a truncation could not have drawn its own texts.
+    """
+    return "bfloat16" in (work.arms[arm].experiment.model.dtype, work.study.sampling.cache)
 
 
 def _under(
@@ -74,8 +92,7 @@ def _under(
     """log p of each id of draws' test texts under an arm's checkpoint, draw by draw: [N, W]."""
     experiment, sampling, tokenizer = work.arms[arm].experiment, work.study.sampling, work.store.tokenizer
     prompts = Prompts(work.prompts.table.take(test))
-    if "bfloat16" in (experiment.model.dtype, sampling.cache):
-        # There a forward pass is another distribution than the sampler's: a truncation could not have drawn its own texts.
+    if _by_sampler(work, arm):
         dense = {one: texts.dense(column, sampling.lengths[-1], tokenizer.eos_id) for one, column in ids.items()}
         yield from scored(work, dense, prompts, arm, step, lambda ended, _: advance(ended))
         return

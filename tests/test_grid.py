@@ -100,6 +100,15 @@ def test_at_step_0_inits_are_recognised_beyond_doubt_and_orders_are_bitwise_equa
     assert len(set(weights.values())) == 3  # two inits, and the twin of one
 
 
+def test_the_ceiling_of_a_twin_is_at_chance_whatever_the_rounding(finished):
+    """The sampler's record of its own texts and a forward pass of the other arm's would differ by more than the twins do."""
+    _, summary = finished
+    rows = [row for row in summary["comparisons"] if row["factor"] == "twin"]
+    assert [row["checkpoint"] for row in rows] == [0, END]
+    for row in rows:
+        assert row["ceiling_ci95"][0] <= 0.5 <= row["ceiling_ci95"][1]
+
+
 def test_at_step_0_next_tokens_know_nothing_of_the_order_to_the_last_bit(finished):
     _, summary = finished
     found = components_of(summary, 0, "next token")
