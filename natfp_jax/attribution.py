@@ -150,8 +150,8 @@ class Result:
       auc: mean over pairs of classes.
       auc_ci95: percentile interval of the AUC, documents resampled.
       bits_per_text: log2 of the number of classes less the log-loss in bits; may be negative.
-      validation_bits: the same on the validation texts, of the classifier that was fitted on the training texts alone; a
-        network's scale was fitted on those validation texts too (`ladder.Judged`).
+      validation_bits: the same on the validation texts, of the classifier that was fitted on the training texts alone, at
+        the scale that suits the validation texts best (`ladder.Judged`).
       share: of the ceiling's excess over chance, how much the classifier reads; None without an excess or a ceiling.
       share_ci95: its percentile interval, documents resampled.
       pooled: decisions on several texts.

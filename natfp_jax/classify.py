@@ -29,6 +29,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.sparsefuncs import mean_variance_axis
 from sklearn.utils.validation import check_is_fitted
 
+from natfp_jax import calibration
 from natfp_jax.errors import UserError
 
 __all__ = [
@@ -218,7 +219,8 @@ class Choice(NamedTuple):
 
     Attributes:
       fitted: the best, on training and validation rows.
-      loss: the mean log-loss on the validation rows, in nats, of the same classifier fitted on the training rows alone.
+      loss: the mean log-loss on the validation rows, in nats, of the same classifier fitted on the training rows alone, at
+        the scale of its log-probabilities that suits these rows best: as a network's is, so that the two can be compared.
     """
 
     fitted: Pipeline
@@ -246,24 +248,34 @@ def choose(
         more fit, on all training rows: it is compared with those of classifiers that have read them all.
     """
 
-    def losses(some: list[Pipeline], training: NDArray[np.bool_], validation: NDArray[np.bool_]) -> Iterator[float]:
-        """Of classifiers that select alike: selecting among a million columns takes longer than fitting what is left."""
+    def losses(
+        some: list[Pipeline], training: NDArray[np.bool_], validation: NDArray[np.bool_]
+    ) -> Iterator[tuple[float, float]]:
+        """As they are, and at the best scale; of classifiers that select alike.
+
+        Selecting among a million columns takes longer than fitting what is left.
+        """
         selecting, train_NV, held_NV = some[0][:-1], counts_NV[training], counts_NV[validation]
         if len(selecting):
             train_NV = selecting.fit_transform(train_NV, labels_N[training])
             held_NV = selecting.transform(held_NV)
         for one in some:
             fitted = one[-1].fit(train_NV, labels_N[training])
-            yield float(log_loss(labels_N[validation], fitted.predict_proba(held_NV), labels=fitted.classes_))
+            probability_NK, held_N = fitted.predict_proba(held_NV), labels_N[validation]
+            log_NK, place_N = calibration.logs(probability_NK), np.searchsorted(fitted.classes_, held_N)
+            scaled_NK = calibration.best_scale(log_NK, place_N) * log_NK
+            plain = float(log_loss(held_N, probability_NK, labels=fitted.classes_))
+            yield plain, calibration.log_loss(scaled_NK, place_N)
 
     best, loss, known_N = among[0], None, training_N | validation_N
     if len(among) > 1:
         alike = itertools.groupby(among, key=lambda one: one["select"].k if "select" in one.named_steps else None)
         tried = training_N & tried_N, validation_N & tried_N
-        found = [loss for _, some in alike for loss in losses(list(some), *tried)]
-        best, loss = among[int(np.argmin(found))], min(found)
+        found = [both for _, some in alike for both in losses(list(some), *tried)]
+        chosen = min(range(len(found)), key=lambda place: found[place][0])
+        best, loss = among[chosen], found[chosen][1]
     if loss is None or not tried_N[known_N].all():
-        (loss,) = losses([best], training_N, validation_N)
+        ((_, loss),) = losses([best], training_N, validation_N)
     known_NV = counts_NV if known_N.all() else counts_NV[known_N]  # what can be without a copy is the largest matrix
     return Choice(best.fit(known_NV, labels_N[known_N]), loss)
 

@@ -33,7 +33,7 @@ __all__ = [
 
 SIGNIFICANT = 0.05  # of the p-value after Holm
 LEAST_EXCESS = 0.02  # of an accuracy over chance: two points are the least that is of interest
-LEAK = 0.01  # the same as `SIGNIFICANT`, for a null
+LEAK = 0.01  # what `SIGNIFICANT` is, for a null
 BEYOND = 4  # standard errors above the ceiling that no classifier of a sound study reaches, among hundreds of tests
 
 Summary = dict[str, Any]
@@ -276,9 +276,10 @@ def coverage(summary: Summary) -> list[str]:
         f"Holm's correction is over all {len(summary['comparisons'])} tests of this study. With {settings['permutations']} "
         f"permutations the least value that a test can reach is {p_text(least)} before and {p_text(least_holm)} after it.",
         "Which rung is best is chosen by its bits per text on the validation part, fitted on the training part alone; no test "
-        "text has a say. A network's epoch and scale were fitted to the validation texts too, and so was the penalty of a "
-        f"classifier of counts. *Seen*: p Holm < {SIGNIFICANT}. *Not seen*: the interval of the accuracy ends below chance and "
-        f"{100 * LEAST_EXCESS:g} points, the least excess that is of interest. Anything else is not decided at this power.",
+        "text has a say. Every rung's probabilities are at the scale that suits these texts best; a network's epoch was chosen "
+        f"on them too, and so was the penalty of a classifier of counts. *Seen*: p Holm < {SIGNIFICANT}. *Not seen*: the "
+        f"interval of the accuracy ends below chance and {100 * LEAST_EXCESS:g} points, the least excess that is of interest. "
+        "Anything else is not decided at this power.",
         "The ceiling is the accuracy of the likelihood itself on the same texts: no classifier can be better but by chance. "
         "Where its interval lies above chance, the models differ, whether or not a classifier finds it. The share is how much "
         "of the ceiling's excess over chance a classifier reads.",

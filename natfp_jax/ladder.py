@@ -61,8 +61,9 @@ class Judged:
       telling: the pieces that speak most for each class, strongest first; empty where a rung has no such pieces.
       classifier: what was fitted, from texts to classes, with the same probabilities.
       validation_bits: bits per text on the validation texts of the classifier fitted on the training texts alone (log2 of
-        the number of classes less the log-loss in bits; `stats.bits_per_text`). No test text is in it, so classifiers may be
-        chosen by it. What was chosen there is a little flattered: a penalty, or a network's epoch and scale.
+        the number of classes less the log-loss in bits; `stats.bits_per_text`), whose probabilities are at the scale that
+        suits these texts best. No test text is in it, so classifiers may be chosen by it. All are a little flattered by that
+        scale, and by what else was chosen there: a penalty, or a network's epoch.
     """
 
     probabilities_NK: NDArray[np.float64]

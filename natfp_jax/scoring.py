@@ -62,6 +62,7 @@ def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) ->
     asked = {(one, models[pair]): None for pair, compared in pairs.items() for one in compared}
     known: dict[tuple[Draw, Any], np.ndarray] = {}
     unknown: dict[Any, list[Draw]] = {}
+    cut: dict[tuple[Draw, Any], np.ndarray] = {}  # those with an id of no probability, id by id
     for one, model in asked:
         if model == models[one.arm, one.step] and _by_sampler(work, one.arm):
             known[one, model] = summed(recorded(one))  # what it would find again, bit for bit
@@ -72,9 +73,16 @@ def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) ->
             ids = {one: drawn[one]["ids"].take(test) for one in some}
             arm, step = checkpoints[model]
             for one, log_p_NW in zip(some, _under(work, arm, step, ids, test, advance), strict=True):
-                # On the edge of a truncation rounding decides, and what was drawn is not impossible.
-                lost_NW = np.isneginf(log_p_NW) & (model == models[one.arm, one.step])
-                known[one, model] = summed(np.where(lost_NW, recorded(one)[:, : log_p_NW.shape[1]], log_p_NW))
+                if np.isneginf(log_p_NW).any():
+                    cut[one, model] = log_p_NW
+                else:
+                    known[one, model] = summed(log_p_NW)
+    # On the edge of a truncation rounding decides, and what was drawn is not impossible. An id that the generating arm's own
+    # pass has lost speaks for nobody: a near copy, which has lost it too, would else be told by that alone.
+    for (one, model), log_p_NW in cut.items():
+        own_NW = cut.get((one, models[one.arm, one.step]))
+        lost_NW = np.isneginf(log_p_NW) & np.isneginf(own_NW) if own_NW is not None else np.zeros_like(log_p_NW, bool)
+        known[one, model] = summed(np.where(lost_NW, recorded(one)[:, : log_p_NW.shape[1]], log_p_NW))
     return {(one, *pair): known[one, models[pair]] for pair, compared in pairs.items() for one in compared}
 
 
