@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 
+from natfp_jax.contrast import held
 from natfp_jax.courses import trajectories
 from natfp_jax.findings import (
     Summary,
@@ -26,12 +27,12 @@ from natfp_jax.findings import (
 )
 from natfp_jax.tables import cells
 
-__all__ = ["markdown"]
+__all__ = ["grid", "markdown"]
 
 TOLD = 10  # telling pieces shown for each class
 
 
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
     """A Markdown table whose first `words` columns are words and whose others are numbers."""
     rule = ["---" if place < words else "---:" for place in range(len(header))]
     cells = ([cell.replace("|", "\\|") for cell in row] for row in (header, rule, *rows))
@@ -74,7 +75,7 @@ def _wording(summary: Summary) -> list[str]:
             ]
             for word in one["words"]
         ]
-        blocks += [said, _grid([*header, "per 10,000 there", "elsewhere"], rows, words=4)] if rows else [said]
+        blocks += [said, grid([*header, "per 10,000 there", "elsewhere"], rows, words=4)] if rows else [said]
     return blocks
 
 
@@ -87,7 +88,7 @@ def _comparison_grid(summary: Summary) -> str:
         ]
         for row in summary["comparisons"]
     ]
-    return _grid([*header, "ceiling % [95 %]", "share % [95 %]", "test texts", "test prompts"], rows, words=2)
+    return grid([*header, "ceiling % [95 %]", "share % [95 %]", "test texts", "test prompts"], rows, words=2)
 
 
 def _best_grid(summary: Summary) -> str:
@@ -100,7 +101,7 @@ def _best_grid(summary: Summary) -> str:
         ]
         for row in best_rungs(summary)
     ]
-    return _grid([*header, "p Holm", "ceiling % [95 %]", "share % [95 %]"], rows, words=3)
+    return grid([*header, "p Holm", "ceiling % [95 %]", "share % [95 %]"], rows, words=3)
 
 
 def _learning_grid(summary: Summary) -> str:
@@ -112,7 +113,7 @@ def _learning_grid(summary: Summary) -> str:
         ]
         for row in summary["curves"]
     ]
-    return _grid([*header, "ceiling % [95 %]", "share % [95 %]"], rows, words=2)
+    return grid([*header, "ceiling % [95 %]", "share % [95 %]"], rows, words=2)
 
 
 def _pooled_grid(summary: Summary) -> str:
@@ -125,7 +126,7 @@ def _pooled_grid(summary: Summary) -> str:
         for row in decisive(summary)
         for one, best in zip(row["pooled"], row["ceiling_pooled"], strict=True)
     ]
-    return _grid(header, rows, words=2) if rows else "There are too few test prompts for it."
+    return grid(header, rows, words=2) if rows else "There are too few test prompts for it."
 
 
 def _arm_grid(summary: Summary) -> str:
@@ -142,7 +143,18 @@ def _arm_grid(summary: Summary) -> str:
     ]
     weights, orders, final = (len({arm[name] for arm in arms}) for name in hashes[1:])
     proof = f"{len(arms)} arms; different initial weights: {weights}, orders: {orders}, final weights: {final}."
-    return f"{_grid(header, rows, words=6)}\n\n{proof}"
+    return f"{grid(header, rows, words=6)}\n\n{proof}"
+
+
+def _contrast_grid(summary: Summary) -> str:
+    """In which fields of its experiment each arm departs from the base arm, which stands first."""
+    base = summary["arms"][0]["id"]
+    rows = [
+        [arm["id"], f"`{path}`", *(_code(json.dumps(value)) for value in values)]
+        for arm in summary["arms"]
+        for path, values in arm["differs"].items()
+    ]
+    return grid(["arm", "field", base, "there"], rows, words=4)
 
 
 def _stage_grid(summary: Summary) -> str:
@@ -151,7 +163,7 @@ def _stage_grid(summary: Summary) -> str:
         amounts = [(amount, name) for name, amount in entry.items() if name != "seconds"]
         rate = ", ".join(f"{amount / max(entry['seconds'], 0.01):,.0f} {name}/s" for amount, name in amounts)
         rows.append([stage, f"{entry['seconds']:,.1f}", ", ".join(f"{amount:,} {name}" for amount, name in amounts), rate])
-    return _grid(["stage", "seconds", "amount", "rate"], rows, words=1)
+    return grid(["stage", "seconds", "amount", "rate"], rows, words=1)
 
 
 def _apart_grid(summary: Summary) -> str:
@@ -165,7 +177,7 @@ def _apart_grid(summary: Summary) -> str:
         ]
         for row in summary["apart"]
     ]
-    return _grid([*header, "chance %", "p", "p Holm", "least p", "training texts", "test texts"], rows, words=2)
+    return grid([*header, "chance %", "p", "p Holm", "least p", "training texts", "test texts"], rows, words=2)
 
 
 def _component_grid(summary: Summary) -> str:
@@ -173,7 +185,7 @@ def _component_grid(summary: Summary) -> str:
         [titled(row, row["distance"]), row["component"], str(row["checkpoint"]), millibits(row), share(row)]
         for row in summary["components"]
     ]
-    return _grid(["distance", "component", "step", "millibits [95 %]", "share of all % [95 %]"], rows, words=2)
+    return grid(["distance", "component", "step", "millibits [95 %]", "share of all % [95 %]"], rows, words=2)
 
 
 def _apart(summary: Summary) -> list[str]:
@@ -218,6 +230,9 @@ def markdown(summary: Summary) -> str:
         f"Corpus {corpus['name']}, {corpus['tokens']:,} training tokens, sha256 `{corpus['sha256'][:16]}`; study "
         f"`{summary['fingerprint'][:16]}`.",
         bullets(verdicts(summary)),
+        "## What the arms differ in",
+        _contrast_grid(summary),
+        bullets(held(summary["arms"])),
         "## Comparisons",
         _comparison_grid(summary),
         "![accuracies with intervals, chance and ceilings](accuracies.png)",
@@ -237,7 +252,7 @@ def markdown(summary: Summary) -> str:
         *(f"![confusion matrix, {row['classifier']}](confusion-{row['classifier']}.png)" for row in rows),
         "The pieces that speak most for each source, strongest first. Ids in <> are of one that has no text, such as a part of "
         "a character.",
-        _grid(["classifier", "source", "pieces"], telling, words=3),
+        grid(["classifier", "source", "pieces"], telling, words=3),
         "## Which words",
         "Pieces that a source uses more or less than the others, in the training and validation texts, the surest first. The "
         "log-odds ratio has a weak prior from all sources together. *Stability*: the part of the resamples of documents in "

@@ -7,7 +7,8 @@ words or drawn.
 from pathlib import Path
 from typing import Any
 
-from natfp_jax import __version__, config, files, texts
+from natfp_jax import __version__, config, files, params, texts
+from natfp_jax.contrast import differences
 from natfp_jax.courses import courses, trajectories
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.findings import Row, Summary, confused
@@ -36,7 +37,8 @@ def summarise(work: Workspace) -> Summary:
     work.check_trained()
     attributed = files.read_remade(path)
     missing = [name for name in ANALYSES if name not in attributed]
-    missing += ["validation_bits"] if any("validation_bits" not in row for row in attributed.get("comparisons", ())) else []
+    if any("validation_bits" not in row for row in attributed.get("comparisons", ())):
+        missing.append("validation_bits")
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}, as another version wrote it: run `natfp attribute` again")
     records = {arm: _records(work, arm) for arm in work.arms}
@@ -66,10 +68,16 @@ def _records(work: Workspace, arm: str) -> dict[int, dict[str, Any]]:
 
 
 def _arm(work: Workspace, arm: str, last: dict[str, Any]) -> dict[str, Any]:
+    experiment, base = work.arms[arm].experiment, next(iter(work.arms.values())).experiment
     return {
         "id": arm,
         "fingerprint": work.identities[arm].fingerprint,
-        "seeds": config.to_json(work.arms[arm].experiment.seeds),
+        "differs": {path: list(both) for path, both in differences(*map(config.to_json, (base, experiment))).items()},
+        "pool": work.identities[arm].inputs["pool"],
+        "windows": experiment.data.windows,
+        "epochs": experiment.data.epochs,
+        "parameters": params.count(params.table(experiment.model, work.store_of(work.arms[arm]).tokenizer.padded_size)),
+        "seeds": config.to_json(experiment.seeds),
         "init_hash": last["init_hash"],
         "order_hash": last["order_hash"],
         "final_hash": last["weights"],

@@ -22,6 +22,7 @@ import jax
 
 from natfp_jax import config, files, lineage, mesh, processes, texts
 from natfp_jax.config import Corpus, Study
+from natfp_jax.contrast import differences
 from natfp_jax.corpus import Store, opened, prepare
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import Identity, code
@@ -64,7 +65,8 @@ class Workspace:
         path, mine = self.folder / "study.json", config.fingerprint(replace(self.study, run=config.Run()))
         begun = (self.folder / "arms.json").exists()  # until then there is nothing to be confused with
         if begun and path.exists() and (owner := files.read_json(path)).get("fingerprint") != mine:
-            changed = ", ".join(_differences(owner.get("study"), config.to_json(self.study))) or "version"
+            found = differences(owner.get("study"), config.to_json(self.study))
+            changed = ", ".join(path for path in found if path.split(".")[0] != "run") or "version"  # which decides nothing
             raise UserError(
                 f"{self.folder} holds the study {str(owner.get('fingerprint'))[:16]}, expected {mine[:16]} (they differ in "
                 f"{changed}): give another --out, or another name=... to share its runs"
@@ -241,11 +243,3 @@ def write_if_new(path: Path, value: dict[str, Any], owned: bool = False) -> None
         same = False
     if not same:
         files.write_json(path, value)
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """The dotted paths at which two JSON values differ; `run` decides nothing and is left out."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [path] if old != new else []
-    names = [name for name in {**old, **new} if path or name != "run"]
-    return [where for name in names for where in _differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))]

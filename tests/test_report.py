@@ -117,6 +117,11 @@ def summary_of(study=SMALL, change=None, **fields):
         {
             "id": arm.id,
             "fingerprint": files.hash_json(arm.id),
+            "differs": {f"seeds.{name}": [0, seed] for name, seed in to_json(arm.experiment.seeds).items() if seed},
+            "pool": "a" * 64,
+            "windows": 6400,
+            "epochs": 1,
+            "parameters": 700_000,
             "seeds": to_json(arm.experiment.seeds),
             "init_hash": files.hash_json([arm.experiment.seeds.init, arm.twin]),
             "order_hash": files.hash_json(arm.experiment.seeds.order),
@@ -169,7 +174,8 @@ FIELDS = {
 }
 CORPUS = {"name": TEXT, "sha256": TEXT, "tokens": int}
 HASHES = dict.fromkeys(("fingerprint", "init_hash", "order_hash", "final_hash"), TEXT)
-ARM = {"id": TEXT, "seeds": dict, "val_loss": NUMBER, "steps": int, "tokens": int, "skipped": list, **HASHES}
+COUNTS = dict.fromkeys(("steps", "tokens", "windows", "epochs", "parameters"), int)
+ARM = {"id": TEXT, "seeds": dict, "differs": dict, "pool": TEXT, "val_loss": NUMBER, "skipped": list, **COUNTS, **HASHES}
 ROW = {
     **dict.fromkeys(("name", "factor", "classifier", "setting"), TEXT),
     **dict.fromkeys(("draws", "classes", "ci95"), list),
@@ -274,7 +280,8 @@ def work(tmp_path, monkeypatch):
         arms={arm.id: arm for arm in arms(SMALL)},
         comparisons=comparisons(SMALL),
         store=_Named(meta={"name": "docs"}, sha256="c" * 64, tokens=3_500_000),
-        identities={arm["id"]: _Named(fingerprint=arm["fingerprint"]) for arm in made["arms"]},
+        store_of=lambda arm: _Named(tokenizer=_Named(padded_size=2048)),
+        identities={arm["id"]: _Named(fingerprint=arm["fingerprint"], inputs={"pool": arm["pool"]}) for arm in made["arms"]},
         check_trained=lambda: None,
         progress=_Said(),
         run_of=runs.__getitem__,
@@ -302,8 +309,9 @@ def test_the_report_is_written_once_and_again_only_if_something_changed(work):
     assert work.progress.lines == []
 
 
-@pytest.mark.parametrize("name", ["losses.png", "accuracies.png", "confusion-words.png", "report.md"])
-@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize(
+    ("name", "lost"), [("losses.png", True), ("accuracies.png", False), ("confusion-words.png", False), ("report.md", True)]
+)
 def test_a_damaged_page_or_figure_is_told_of_and_made_anew(work, name, lost):
     report.report(work)
     folder = work.folder / "report"
