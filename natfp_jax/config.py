@@ -30,6 +30,7 @@ __all__ = [
     "Run",
     "Sampling",
     "Seeds",
+    "Source",
     "Stories",
     "Study",
     "TextFolder",

@@ -78,10 +78,10 @@ class Store:
         """
         available = self.tokens // (seq_len + 1)
         if first + count > available:
-            begun = f" from window {first} on" if first else ""
+            begun, whole = (f" from window {first} on", " in all") if first else ("", "")
             raise UserError(
-                f"the corpus is too small: {count} windows of {seq_len} + 1 tokens{begun} were asked for, it has {available} "
-                f"({self.tokens} tokens); ask for fewer or shorter windows, or take a larger corpus"
+                f"the corpus is too small: {count} windows of {seq_len} + 1 tokens{begun} were asked for, it has "
+                f"{available}{whole} ({self.tokens} tokens); ask for fewer or shorter windows, or take a larger corpus"
             )
         shards = [open_ids(self.folder / name, self.meta["dtype"]) for name in shard_names(self.meta["corpus"]["shards"])]
         return Windows(shards, seq_len, count, first)

@@ -79,12 +79,14 @@ def _tried(path: Path, action: Callable[[], Any]) -> Any:
 @contextmanager
 def _as_program(path: Path) -> Iterator[None]:
     """Lets a file import its neighbours, and forgets those afterwards: another folder's may have the same names."""
-    folder, before = str(path.resolve().parent), set(sys.modules)
-    sys.path.insert(0, folder)
+    folder, before = path.resolve().parent, set(sys.modules)
+    sys.path.insert(0, str(folder))
     try:
         yield
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == Path(folder):
+            module = sys.modules[name]
+            places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+            if any(place and folder in Path(place).parents for place in places):
                 del sys.modules[name]

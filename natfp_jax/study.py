@@ -117,11 +117,14 @@ def labels(factor: Factor) -> list[str]:
     values = [to_json(level) for level in levels]
     if not all(isinstance(value, dict) for value in values):
         return [canonical_json(value) for value in values]
-    if len({value.get("kind") for value in values}) == len(values):
-        return [str(value["kind"]) for value in values]
+    kinds = [value.get("kind") for value in values]
+    if None not in kinds and len(set(kinds)) == len(kinds):
+        return [str(kind) for kind in kinds]
     leaves = [dict(_leaves(value)) for value in values]
     names = dict.fromkeys(name for leaf in leaves for name in leaf)
     differ = [name for name in names if any(leaf.get(name) != leaves[0].get(name) for leaf in leaves)]
+    if len(differ) == 1 and all(isinstance(leaf.get(differ[0]), str) for leaf in leaves):  # it speaks for itself
+        return [leaf[differ[0]] for leaf in leaves]
     found = ["+".join(f"{name if name != 'kind' else ''}{leaf[name]}" for name in differ if name in leaf) for leaf in leaves]
     return found if all(found) else [canonical_json(value) for value in values]
 
@@ -160,7 +163,7 @@ def _base(study: Study) -> Experiment:
                 raise UserError(
                     f"factors {one.path} and {other.path} set the same field: set design='one_at_a_time', or leave one out"
                 )
-            if replace(base, one.path, one.levels[0]) != base:
+            if any(replace(base, factor.path, factor.levels[0]) != base for factor in (one, other)):
                 raise UserError(
                     f"the first levels of the factors {one.path} and {other.path} set one field to different values: make "
                     "them agree, since the base arm has both"
@@ -179,9 +182,10 @@ def arms(study: Study) -> list[Arm]:
     if not factors:
         raise UserError(f"study {study.name} has no factors: give at least one, such as Factor('seeds.init', (0, 1))")
     for factor in factors:
+        if len(factor.levels) < 2:
+            got = canonical_json(to_json(factor.levels))
+            raise UserError(f"factor {factor.path} has {len(factor.levels)} level(s) {got}, expected at least two")
         named = labels(factor)
-        if len(named) < 2:
-            raise UserError(f"factor {factor.path} has {len(named)} level(s) {named}, expected at least two")
         if len(set(named)) < len(named):
             raise UserError(f"factor {factor.path} names a level twice: {named}")
         if factor.path.startswith("corpus.") and not factor.path.startswith("corpus.source"):
@@ -192,16 +196,16 @@ def arms(study: Study) -> list[Arm]:
     if len({factor.name for factor in factors}) < len(factors):
         raise UserError(f"two factors share a name: {[factor.path for factor in factors]}")
 
-    base, first = _base(study), (0,) * len(factors)
+    base, still = _base(study), (0,) * len(factors)
     counts = [range(len(factor.levels)) for factor in factors]
     if study.design == "crossed":
         cells = list(itertools.product(*counts))
     else:
         moves = ((place, level) for place, some in enumerate(counts) for level in some[1:])
-        cells = [first, *((*first[:place], level, *first[place + 1 :]) for place, level in moves)]
-    found = []
+        cells = [still, *((*still[:place], level, *still[place + 1 :]) for place, level in moves)]
+    found, names = [], [labels(factor) for factor in factors]
     for cell in cells:
-        levels = tuple(labels(factor)[place] for factor, place in zip(factors, cell, strict=True))
+        levels = tuple(some[place] for some, place in zip(names, cell, strict=True))
         parts = [f"{factor.name}{level}" for factor, level in zip(factors, levels, strict=True)]
         if study.design == "one_at_a_time":
             parts = [part for part, place in zip(parts, cell, strict=True) if place] or ["base"]
@@ -259,9 +263,11 @@ def comparisons(study: Study) -> list[Comparison]:
             for arm in grid:
                 strata.setdefault(arm.levels[:place] + arm.levels[place + 1 :], []).append(arm)
             strata = {rest: members for rest, members in strata.items() if len(members) > 1}
-            others = [f.name for f in study.factors if f is not factor] if study.design == "crossed" else []
+            others = [f.name for f in study.factors if f is not factor]
             for rest, members in strata.items():
-                held = ", ".join(f"{name} {level}" for name, level in zip(others, rest, strict=False))
+                held = ", ".join(f"{name} {level}" for name, level in zip(others, rest, strict=True))
+                if study.design == "one_at_a_time":  # all others are the base arm's
+                    held = ""
                 for a, b in itertools.combinations(members, 2):
                     name = f"{factor.name} {a.levels[place]} vs {b.levels[place]}" + (f" ({held})" if held else "")
                     here.append((name, factor.name, {arm.levels[place]: (draw(arm),) for arm in (a, b)}))
@@ -336,7 +342,7 @@ def lacking(study: Study) -> list[str]:
         said.append(
             "No twin control: whether a change of one unit in the last place already makes models recognisable is not shown."
         )
-    if not any(factor.path.startswith("corpus") for factor in study.factors):
+    if not any(f"{factor.path}.".startswith(("corpus.", "data.first.")) for factor in study.factors):
         said.append("No other-data control: that the classifiers find a difference which is surely there is not shown.")
     for factor in study.factors:
         if len(factor.levels) < 5:

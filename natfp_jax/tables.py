@@ -32,15 +32,20 @@ def lines(summary: Summary) -> list[Line]:
     for (step, _, factor), group in groups(summary).items():
         pairs: dict[str, list[Row]] = {}  # classifier → pairs
         for row in group:
-            if not pooled(row):
+            if _of_a_pair(row):
                 pairs.setdefault(row["classifier"], []).append(row)
         count = len(next(iter(pairs.values()), []))
         if count > FOLD:
             name = titled(group[0], f"{factor}: {count} pairs")
             found += [Line(name, step, factor, rows) for rows in pairs.values()]
-            group = [row for row in group if pooled(row)]
+            group = [row for row in group if not _of_a_pair(row)]
         found += [Line(titled(row), step, factor, [row]) for row in group]
     return sorted(found, key=lambda line: line.checkpoint)
+
+
+def _of_a_pair(row: Row) -> bool:
+    """Whether it is of two arms, whose chance is one in two."""
+    return not pooled(row) and len(row["classes"]) == 2
 
 
 def cells(rows: list[Row]) -> list[str]:

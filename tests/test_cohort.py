@@ -27,7 +27,7 @@ DIFFERENCES = [
     {"seeds.order": 1},
     {"optimiser.learning_rate": 1e-3, "optimiser.final": 0.5},
     {"optimiser.weight_decay": 0.0, "optimiser.clip": 0.1},
-    {"optimiser.warmup": 0.5, "optimiser.beta1": 0.8},
+    {"optimiser.warmup": 0.5, "optimiser.beta1": 0.8, "data.first": 8},
     {"optimiser.beta2": 0.99, "optimiser.epsilon": 1e-6},
     {"perturb": config.Perturb(ulps=4)},
 ]
@@ -43,7 +43,7 @@ def members(tiny, tiny_store):
             experiment = base
             for path, value in DIFFERENCES[place].items():
                 experiment = replace(experiment, path, value)
-            pool = tiny_store.windows(32, 64).sha256()
+            pool = tiny_store.pool(experiment.data).sha256()
             who = identity(experiment, tiny_store.sha256, tiny_store.tokenizer.sha256, pool)
             found.append(Member(f"arm{place}", experiment, who, tiny_store, RunFolder(root / str(place))))
         return found

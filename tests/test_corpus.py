@@ -28,6 +28,7 @@ from natfp_jax.errors import Damaged, UserError
 from natfp_jax.progress import Progress
 from natfp_jax.tokenizer import EOS, Tokenizer
 from natfp_jax.windows import Windows
+from tests.soak import meshes
 
 CORPUS = Corpus(source=Stories(count=1000), vocabulary=400, shards=3)
 
@@ -201,7 +202,7 @@ def test_killed_between_any_two_writes_the_store_is_the_same(store, tmp_path):
     kills = 0
     for fsyncs in (1, 2, 5, 9, 33, 150):
         with killable(tmp_path, fsyncs) as process:
-            process.communicate(timeout=60)
+            process.communicate(timeout=meshes.STUCK)
         kills += process.returncode == -signal.SIGKILL
     assert kills == 6
     assert contents(prepared(CORPUS, tmp_path).folder) == contents(store.folder)
@@ -222,7 +223,7 @@ def test_killed_at_random_moments_the_store_is_the_same(store, tmp_path):
 def test_two_processes_at_once_make_one_store(store, tmp_path):
     processes = [killable(tmp_path) for _ in range(2)]
     for process in processes:
-        process.communicate(timeout=60)
+        process.communicate(timeout=meshes.STUCK)
     assert [process.returncode for process in processes] == [0, 0]
     assert contents(prepared(CORPUS, tmp_path).folder) == contents(store.folder)
 
@@ -545,7 +546,7 @@ def begun(tmp_path_factory):
     while not (found := list(root.rglob("progress.sqlite"))) or not list(root.rglob("train-*.bin")) or fsyncs < 150:
         fsyncs += 50
         with killable(root, fsyncs) as process:
-            process.communicate(timeout=60)
+            process.communicate(timeout=meshes.STUCK)
         assert process.returncode == -signal.SIGKILL
     return root, found[0].parent
 

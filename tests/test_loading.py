@@ -106,7 +106,9 @@ def test_a_wrong_setting_is_one_line(tmp_path, text, assignments, parts):
 def test_a_file_may_import_its_neighbours_and_only_its_own(tmp_path):
     for number, folder in enumerate((tmp_path / "a", tmp_path / "b")):
         folder.mkdir()
-        (folder / "neighbour.py").write_text(f"NAME = 'study{number}'\n")
+        (folder / "neighbour.py").write_text("from package.inner import NAME\n")
+        (folder / "package").mkdir()
+        (folder / "package" / "inner.py").write_text(f"NAME = 'study{number}'\n")
     texts = (
         "import neighbour\nstudy = Study(name=neighbour.NAME)",
         "def study():\n import neighbour\n return Study(name=neighbour.NAME)",
@@ -115,4 +117,4 @@ def test_a_file_may_import_its_neighbours_and_only_its_own(tmp_path):
     for text in texts:
         assert [load_study(study_file(tmp_path / name, text)).name for name in "ab"] == ["study0", "study1"]
     assert sys.path == before
-    assert "neighbour" not in sys.modules
+    assert not {"neighbour", "package", "package.inner"} & set(sys.modules)

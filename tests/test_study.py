@@ -21,6 +21,7 @@ from natfp_jax.config import (
     Stories,
     Study,
     TextFolder,
+    Tfds,
     to_json,
 )
 from natfp_jax.errors import UserError
@@ -305,14 +306,18 @@ def test_one_factor_may_vary_what_another_varies_alone():
         **{"seedsinit1+order6": (1, 6), "seedsinit2+order7": (2, 7), "base-twin": (0, 5)},
     }
     refused(Study(name="s", factors=factors), "seeds and seeds.init set the same field", "one_at_a_time")
-    other = (Factor("seeds", (Seeds(3, 5), Seeds(1, 6))), factors[0])
-    refused(Study(name="s", factors=other, design="one_at_a_time"), "seeds and seeds.init", "make them agree")
+    other = Factor("seeds", (Seeds(3, 5), Seeds(1, 6)))
+    for both in ((other, factors[0]), (factors[0], other)):  # whichever is set last
+        refused(Study(name="s", factors=both, design="one_at_a_time"), "seeds and seeds.init", "make them agree")
 
 
 def test_levels_of_many_fields_are_called_by_what_differs():
     assert labels(Factor("model", (Model(), Model(width=64, heads=2)))) == ["width128+heads4", "width64+heads2"]
     assert labels(Factor("corpus.source", (MachineDocs(), Stories(count=9)))) == ["machine_docs", "stories"]
     assert labels(Factor("corpus.source", (Stories(seed=1), Stories(seed=2)))) == ["seed1", "seed2"]
+    assert labels(Factor("corpus.source", (Tfds("wiki40b/en"), Tfds("lm1b")))) == ["wiki40b/en", "lm1b"]
+    assert labels(Factor("optimiser", ({"kind": "lion"}, {"learning_rate": 1e-3}))) == ["lion", "learning_rate0.001"]
+    refused(Study(name="s", factors=(Factor("seeds", (Seeds(),)),)), "seeds", "at least two")
     assert labels(Factor("perturb", (None, Perturb()))) == ["null", '{"index":0,"parameter":"layers/attention/q","ulps":1}']
 
 
