@@ -102,7 +102,7 @@ def test_processes_that_find_a_disk_full_end_together(study, tmp_path):
             )
             for place in range(2)
         ]
-        (code, _, errors), (other_code, _, other_errors) = meshes.finished(pair, 100)
+        (code, _, errors), (other_code, _, other_errors) = meshes.finished(pair, meshes.STUCK)
         assert (code, other_code) == (2, 2), errors + other_errors
         said = [line for line in (errors + other_errors).splitlines() if line.startswith("natfp: ")]
         assert len(said) == 1

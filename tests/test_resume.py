@@ -30,6 +30,7 @@ from natfp_jax.progress import Progress
 from natfp_jax.runs import MetricsLog, RunFolder, metrics
 from natfp_jax.stopping import STOPPED, Stop
 from natfp_jax.train import train
+from tests.soak import meshes
 
 CORPUS = Corpus(source=Stories(count=400), vocabulary=300, validation_fraction=0.1, prompt_fraction=0.1, shards=2)
 EXPERIMENT = Experiment(model=Model(width=32, layers=2, heads=4), data=Data(seq_len=32, windows=160, epochs=3, batch=8))
@@ -46,7 +47,7 @@ def work(root, folder, minutes, wait):
         nonlocal done
         done += steps
         print(done, flush=True)
-        late = time.monotonic() + 60
+        late = time.monotonic() + meshes.STUCK
         while done == wait and not stop.requested and time.monotonic() < late:
             time.sleep(0.01)
 
@@ -83,7 +84,7 @@ def started(root, folder, minutes=1e-4, wait=-1):
 
 
 def finished(process):
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=meshes.STUCK)
     assert process.returncode == 0, errors
 
 
@@ -115,7 +116,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_untouched
                 time.sleep(moments.uniform(0, 0.1))  # in the middle of a step, a save, a line
                 process.send_signal(signal.SIGKILL)
                 break
-        process.communicate(timeout=100)
+        process.communicate(timeout=meshes.STUCK)
         kills += process.returncode == -signal.SIGKILL
     assert kills >= 3  # the last one may have ended first
     finished(started(root, tmp_path / "killed"))
@@ -209,7 +210,7 @@ def test_a_run_that_is_stopped_goes_on_from_the_step_that_was_under_way(number, 
     process = started(root, tmp_path / "stopped", minutes=10, wait=11)
     steps = [int(next(process.stdout)) for _ in range(12)]  # 0 first
     process.send_signal(number)
-    out, errors = process.communicate(timeout=100)
+    out, errors = process.communicate(timeout=meshes.STUCK)
     steps += map(int, out.split())
     assert process.returncode == STOPPED == 75
     assert errors.splitlines()[-1] == f"arm arm is saved at step {steps[-1] + 1}; the same command goes on from here"
