@@ -20,6 +20,7 @@ from natfp_jax.workspace import Workspace
 
 __all__ = ["report", "summarise"]
 
+_OF_THE_BATCH = ("batch", "loss_block")  # of a numerics record of training
 # Of attribution.json, as they stand there.
 ANALYSES = ("comparisons", "wording", "curves", "levels", "noise", "apart", "components")
 
@@ -105,8 +106,10 @@ def _numerics(work: Workspace, records: dict[str, dict[int, dict[str, Any]]]) ->
             for stretch in (record["numerics"], *(earlier["numerics"] for earlier in record["before"]))
         ]
         sampled = [record for one in comparison.draws for record in drawn[one]]
+        batches = {work.arms[one.arm].experiment.data.batch for one in comparison.draws}
+        follow = _OF_THE_BATCH if len(batches) > 1 else ()  # from what was meant to differ, which stands elsewhere
         for stage, found in (("train", trained), ("sample", sampled)):
-            names = dict.fromkeys(name for record in found for name in record)
+            names = dict.fromkeys(name for record in found for name in record if stage == "sample" or name not in follow)
             if fields := [name for name in names if any(record.get(name) != found[0].get(name) for record in found)]:
                 place = {"comparison": comparison.title, "checkpoint": comparison.step}
                 differ.append({**place, "stage": stage, "fields": fields})

@@ -373,6 +373,22 @@ def test_an_attribution_of_another_version_is_a_clear_mistake(work):
         report.report(work)
 
 
+def test_what_follows_from_a_batch_that_was_meant_to_differ_is_no_warning(work):
+    arms_of, known = work.arms, {"cpu_threads": 2, "batch": 32, "loss_block": 64}
+    for name, arm in arms_of.items():
+        if "init1" in name:
+            data = replace(arm.experiment.data, batch=64, windows=2 * arm.experiment.data.windows)
+            arms_of[name] = replace(arm, experiment=replace(arm.experiment, data=data))
+        for step in (0, 20, 200):
+            batch = {"batch": 64, "loss_block": 128} if "init1" in name else {}
+            work.run_of(name).known[step]["numerics"] = {**known, **batch}
+    assert report.summarise(work)["numerics"]["differ"] == []
+    work.run_of("init0-order0").known[200]["numerics"] = {**known, "batch": 64}  # of one batch, it does not follow
+    differ = report.summarise(work)["numerics"]["differ"]
+    assert {"order 0 vs 1 (init 0)", "null of init0-order0"} & {one["comparison"] for one in differ}
+    assert all(one["fields"] == ["batch"] for one in differ)
+
+
 def test_arms_that_do_not_share_the_numerics_record_are_on_the_first_line(work):
     assert findings.headline(report.summarise(work)) == "small"
     work.run_of("init1-order0").known[200]["numerics"] = {"cpu_threads": 1}

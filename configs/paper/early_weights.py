@@ -5,7 +5,7 @@
 Inits crossed with orders, read at step 0, early, and to the end: the trajectories of both, and of what a distance of two models
 consists of. At the toy's scale the four arms are among those of seeds.py.
 
-Cost of the toy on two CPU cores: 6 minutes, 4 arms. Expected: at step 0 init alone is in the likelihoods, and order is exactly
+Cost of the toy on two CPU cores: 8 minutes, 4 arms. Expected: at step 0 init alone is in the likelihoods, and order is exactly
 at chance; early in training order is read best; in the end little of either is read from words, under ceilings above 95 %.
 """
 
