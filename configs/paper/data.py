@@ -5,8 +5,8 @@
 The base arm is trained on the first windows of a corpus. One arm differs in which windows of the same corpus, the next ones, of
 which it shares none; another in the corpus.
 
-Cost of the toy on two CPU cores: 5 minutes, 3 arms. Expected: the other corpus is recognised in nearly every text, and by
-its ceiling in all; the other half as another order is, or a little better, under a ceiling above 95 %.
+Cost of the toy on two CPU cores: 5 minutes, 3 arms. Expected: the other corpus recognised in 99 of 100 texts, the other
+windows in 61 to 63, under ceilings of 100 and 97 %.
 """
 
 from scales import EXPERIMENTS, OTHER_CORPUS, RUNS, Scale, attribution, sampling

@@ -7,7 +7,9 @@ Init, order and the twin after 1, 2, 4 and 8 epochs of a quarter of the base's w
 checkpoint is nearer to the end of a schedule than another. `text=stories`: instead as many windows of a grammar's stories as
 those epochs have together, none seen twice: what comes of repetition is then left out.
 
-Cost of the toy on two CPU cores: 10 minutes, 4 arms of 400 steps. Expected: an open question.
+Cost of the toy on two CPU cores: 15 minutes, 4 arms of 400 steps. Expected: both grow; from one epoch to eight init from 56
+to 69 of 100 texts by subwords and from 57 to 74 by ngrams, order from 68 to 78 and from 71 to 83; the twin at chance.
+`text=stories` has not been run.
 """
 
 from dataclasses import replace

@@ -7,8 +7,9 @@ Lion with a tenth of AdamW's learning rate, since its updates are larger, and te
 multiplied with, as its authors advise; and Muon, whose updates are scaled to AdamW's size.
 Another batch size sees the same windows, in the same order, in another number of steps.
 
-Cost of the toy on two CPU cores: 15 minutes, 10 arms. Expected: what changes the path of training much (learning rate,
-batch, kind) is recognised by words; what changes it little is in the ceiling alone.
+Cost of the toy on two CPU cores: 20 minutes, 10 arms. Expected: the learning rate in 58 to 65 of 100 texts, the batch in 57
+to 60, the kind in 49 to 63 (chance 33); warm-up and betas in 50 to 54; schedule and weight decay at chance, under ceilings of
+78 and 62 %, where those of all others are 90 to 98.
 """
 
 from dataclasses import replace

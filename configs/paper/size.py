@@ -5,8 +5,8 @@
 Half as wide again, twice as deep, and both. What a wider model's seed draws is not what a narrower one's does; a deeper one
 shares its shallow layers' initial weights.
 
-Cost of the toy on two CPU cores: 8 minutes, 4 arms. Expected: recognised, the larger the difference the better, under
-ceilings above 95 %.
+Cost of the toy on two CPU cores: 10 minutes, 4 arms. Expected: width in 53 to 54 of 100 texts, depth in 52, which is not
+decided, both in 54 to 56, under ceilings of 96 to 98 %.
 """
 
 from dataclasses import replace
