@@ -10,6 +10,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import pytest
+from hypothesis import settings
 
 from natfp_jax import config, mesh
 from natfp_jax.config import Corpus, Data, Experiment, Model, Run, Stories
@@ -21,6 +22,8 @@ from natfp_jax.runs import RunFolder
 from natfp_jax.train import train
 
 jax.config.update("jax_legacy_prng_key", "error")
+settings.register_profile("untimed", deadline=None)  # how fast an example is depends on what else the machine does
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -126,7 +126,7 @@ def test_ids_beyond_16_bits_are_kept_in_32(tmp_path, store):
         np.testing.assert_array_equal(training_ids(wide), training_ids(store))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     texts=st.lists(st.text(alphabet="ab \n\u00e9\U0001f600", max_size=6), min_size=30, max_size=60),
     fractions=st.tuples(st.floats(0.01, 0.4), st.floats(0.01, 0.4)),

@@ -26,7 +26,7 @@ def test_what_is_written_is_read_and_other_programs_can_read_it(sealed):
     assert others == VALUE
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_found(sealed, place, bit):
     data = bytearray(sealed.read_bytes())

@@ -19,7 +19,6 @@ def epoch_of(windows, seed, epoch):
 
 
 @given(st.integers(1, 5000), SEEDS, st.integers(0, 50))
-@settings(deadline=None)
 def test_every_epoch_is_a_permutation(windows, seed, epoch):
     assert_array_equal(np.sort(epoch_of(windows, seed, epoch)), np.arange(windows))
 
@@ -39,7 +38,6 @@ def test_random_access_beyond_32_bits():
 
 
 @given(st.integers(20, 500), SEEDS)
-@settings(deadline=None)
 def test_each_epoch_has_its_own_order(windows, seed):
     orders = {tuple(epoch_of(windows, seed, epoch)) for epoch in range(4)}
     orders |= {tuple(epoch_of(windows, (seed + 1) % 2**32, epoch)) for epoch in range(4)}
@@ -54,7 +52,7 @@ def test_the_seed_is_not_added_to_the_epoch():
 
 
 @given(st.integers(1, 60), st.integers(1, 3), SEEDS, st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_rows_do_not_depend_on_the_batch(windows, epochs, seed, data):
     seen = windows * epochs
     batch = data.draw(st.sampled_from([b for b in range(1, seen + 1) if seen % b == 0]))
@@ -100,7 +98,6 @@ def reference_hash(pool, rows):
 
 
 @given(st.integers(1, 60), SEEDS, st.data())
-@settings(deadline=None)
 def test_the_hash_proves_the_rows_whatever_the_batch(windows, seed, data):
     pool = hashlib.sha256(b"pool").hexdigest()
     rows = np.concatenate([epoch_of(windows, seed, epoch) for epoch in (0, 1)])

@@ -68,7 +68,7 @@ def test_of_two_classes_the_power_is_that_of_the_sign_test_by_enumeration(prompt
     assert power(Plan(2, permutations=10**9), prompts, excess) == pytest.approx(found, abs=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 12), st.integers(1, 1000), st.floats(0.5, 0.95))
 def test_the_least_excess_of_so_many_prompts_needs_so_many_prompts(classes, prompts, wanted):
     plan = Plan(classes)
@@ -84,7 +84,7 @@ def test_the_least_excess_of_so_many_prompts_needs_so_many_prompts(classes, prom
     assert abs(needed - prompts) <= math.sqrt(prompts) + 2
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.integers(2, 12),
     st.floats(0.03, 0.4),
@@ -218,7 +218,7 @@ def test_a_design_effect_is_read_off_an_interval():
 # --- what cannot be ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.001, 0.5), st.integers(1, 10_000))
 def test_too_few_permutations_find_nothing_however_many_texts(alpha, tests):
     fewest = Plan(2, alpha, tests).permutations_needed

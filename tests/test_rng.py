@@ -30,20 +30,18 @@ def same(a, b):
 
 
 @given(ADDRESSES, ADDRESSES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_two_streams_are_alike_only_where_seed_and_names_are(a, b):
     assert (bits(rng.stream(a[0], *a[1])) == bits(rng.stream(b[0], *b[1]))) == same(a, b)
 
 
 @given(TEXT_FIRST, TEXT_FIRST)
-@settings(deadline=None)
 def test_two_generators_are_alike_only_where_seed_and_names_are(a, b):
     draws = [rng.generator(seed, *names).integers(2**63, size=2).tolist() for seed, names in (a, b)]
     assert (draws[0] == draws[1]) == same(a, b)
 
 
 @given(TEXT_FIRST)
-@settings(deadline=None)
 def test_a_name_more_is_another_stream(address):
     seed, names = address
     for further in (0, "", names[-1]):

@@ -157,7 +157,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(
     values=st.lists(st.integers(-40, 40), min_size=1, max_size=60),
     padding=st.integers(0, 4),

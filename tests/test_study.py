@@ -5,7 +5,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from natfp_jax.config import (
@@ -79,7 +79,6 @@ def refused(study, *words):
 # --- arms -------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(studies())
 def test_arms_are_the_design_and_differ_in_nothing_else(study):
     found, paths = arms(study), [factor.path for factor in study.factors]
@@ -100,7 +99,6 @@ def test_arms_are_the_design_and_differ_in_nothing_else(study):
         assert arm.levels == tuple(str(fields(arm.experiment)[path]) for path in paths)
 
 
-@settings(deadline=None)
 @given(studies())
 def test_the_twin_is_the_base_arm_but_for_its_perturbation(study):
     found = arms(study)
@@ -135,7 +133,6 @@ def test_ids_are_readable_and_stand_as_file_names():
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(studies())
 def test_pairs_along_a_factor_hold_all_others_fixed(study):
     found, by_id = comparisons(study), {arm.id: arm for arm in arms(study)}
@@ -162,7 +159,6 @@ def test_pairs_along_a_factor_hold_all_others_fixed(study):
                 assert f"{other.name} {fields(a)[other.path]}" in pair.name
 
 
-@settings(deadline=None)
 @given(studies())
 def test_pooled_classes_are_balanced_over_the_other_factors(study):
     found, by_id = comparisons(study), {arm.id: arm for arm in arms(study)}
@@ -185,7 +181,6 @@ def test_pooled_classes_are_balanced_over_the_other_factors(study):
             assert rest[0] == sorted(every)
 
 
-@settings(deadline=None)
 @given(studies())
 def test_classes_have_equally_many_draws_and_controls_stand_at_every_checkpoint(study):
     found, by_id = comparisons(study), {arm.id: arm for arm in arms(study)}
@@ -211,7 +206,6 @@ def test_classes_have_equally_many_draws_and_controls_stand_at_every_checkpoint(
             assert list(comparison.classes) == grid
 
 
-@settings(deadline=None)
 @given(studies())
 def test_one_comparison_of_each_factor_and_control_decides_in_the_end(study):
     every = comparisons(study)
@@ -223,7 +217,6 @@ def test_one_comparison_of_each_factor_and_control_decides_in_the_end(study):
         assert len(rivals) == 1 or one.name == f"{one.factor} (pooled)"
 
 
-@settings(deadline=None)
 @given(studies())
 def test_draws_lists_each_needed_draw_once(study):
     listed = draws(study)
@@ -321,7 +314,6 @@ def test_levels_of_many_fields_are_called_by_what_differs():
     assert labels(Factor("perturb", (None, Perturb()))) == ["null", '{"index":0,"parameter":"layers/attention/q","ulps":1}']
 
 
-@settings(deadline=None)
 @given(studies(), st.sampled_from([(), (3,), (4, 3), (9,)]))
 def test_of_many_levels_the_first_few_are_told_apart_too(study, counts):
     plain, more = comparisons(study), comparisons(replace(study, attribution=Attribution(class_counts=counts)))
