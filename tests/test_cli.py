@@ -165,7 +165,7 @@ FOLDER = '{"kind": "text_folder", "path": "%s"}'
         ("experiment.model.mlp=relu", "input should be 'swiglu' or 'gelu'"),
         ("experiment.model.heads=3", "model.width 32 over model.heads 3"),
         ("sampling", "override 'sampling' is not of the form path=value"),
-        ('factors=[{"path": "seeds.init", "levels": [1]}]', "factor seeds.init has 1 level(s) ['1'], expected at least two"),
+        ('factors=[{"path": "seeds.init", "levels": [1]}]', "factor seeds.init has 1 level(s) [1], expected at least two"),
         ('factors=[{"path": "seeds.inti", "levels": [1, 2]}]', "did you mean 'seeds.init'?"),
         ('factors=[{"path": "seeds.init", "levels": [1, "two"]}]', "seeds.init: got 'two', input should be a valid integer"),
         ("experiment.data.batch=12", "steps are not whole: windows 160 x epochs 1 / batch 12 = 13.33"),
@@ -192,7 +192,7 @@ def test_what_is_wrong_with_a_study_file_is_one_line(refused, tmp_path):
     broken.write_text("import no_such_module_at_all\n")
     assert "broken.py failed: ModuleNotFoundError" in refused(study=broken)
     broken.write_text("study = 3\n")
-    assert "must define `study = Study(...)`, got int" in refused(study=broken)
+    assert "must define `study = Study(...)`, or a function that returns one, got int" in refused(study=broken)
 
 
 @pytest.mark.parametrize(
