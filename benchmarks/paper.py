@@ -124,10 +124,10 @@ def table(found: list[tuple[Claim, dict[str, Any]]]) -> str:
     return grid([*header, "ceiling % [95 %]", "null % [95 %]"], rows, words=5)
 
 
-def done(study: tuple[str, ...], scale: str, out: Path, overrides: list[str]) -> tuple[Path, Summary]:
+def done(study: tuple[str, ...], scale: str, out: Path) -> tuple[Path, Summary]:
     """The report's folder of a study, and its summary; what is missing of it is done."""
-    file, *own = (*study, f"scale={scale}")
-    path, assignments = ROOT / "configs" / "paper" / file, [*own, *overrides]
+    file, *assignments = (*study, f"scale={scale}")
+    path = ROOT / "configs" / "paper" / file
     natfp = Path(sys.executable).with_name("natfp")
     subprocess.run([natfp, "run", path, *assignments, "--out", out], check=True, stdout=subprocess.DEVNULL)
     folder = out / "studies" / load_study(path, assignments).name / "report"
@@ -150,12 +150,11 @@ def main() -> None:
     parser.add_argument("--scale", default="toy", choices=("toy", "small", "paper"))
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the studies are, or come to be")
     parser.add_argument("--save", action="store_true", help="write the table and the figures below docs/results/paper")
-    parser.add_argument("overrides", nargs="*", metavar="PATH=VALUE", help="for every study, such as run.cohort=4")
     given = parser.parse_args()
     page = RESULTS / "README.md"
     if given.save:
         replaced(page.read_text(), given.scale, "")  # what is wrong with it is known before hours of work
-    found = {study: done(study, given.scale, given.out, given.overrides) for study in studies()}
+    found = {study: done(study, given.scale, given.out) for study in studies()}
     shown = table([(claim, row_of(claim, found[claim.study][1])) for claim in CLAIMS])
     print(shown)
     if given.save:

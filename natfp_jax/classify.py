@@ -12,7 +12,7 @@ Letters after an underscore name the axes: N texts, V pieces, K classes.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, Protocol, Self
@@ -248,10 +248,10 @@ def choose(
         more fit, on all training rows: it is compared with those of classifiers that have read them all.
     """
 
-    def losses(
+    def tried(
         some: list[Pipeline], training: NDArray[np.bool_], validation: NDArray[np.bool_]
-    ) -> Iterator[tuple[float, float]]:
-        """As they are, and at the best scale; of classifiers that select alike.
+    ) -> Iterator[tuple[float, Callable[[], float]]]:
+        """The loss as it is, and what finds it at the best scale; of classifiers that select alike.
 
         Selecting among a million columns takes longer than fitting what is left.
         """
@@ -262,22 +262,25 @@ def choose(
         for one in some:
             fitted = one[-1].fit(train_NV, labels_N[training])
             probability_NK, held_N = fitted.predict_proba(held_NV), labels_N[validation]
-            log_NK, place_N = calibration.logs(probability_NK), np.searchsorted(fitted.classes_, held_N)
-            scaled_NK = calibration.best_scale(log_NK, place_N) * log_NK
-            plain = float(log_loss(held_N, probability_NK, labels=fitted.classes_))
-            yield plain, calibration.log_loss(scaled_NK, place_N)
+            place_N = np.searchsorted(fitted.classes_, held_N)
+            loss = float(log_loss(held_N, probability_NK, labels=fitted.classes_))
+            yield loss, partial(_scaled_loss, calibration.logs(probability_NK), place_N)
 
-    best, loss, known_N = among[0], None, training_N | validation_N
+    best, scaled, known_N = among[0], None, training_N | validation_N
     if len(among) > 1:
         alike = itertools.groupby(among, key=lambda one: one["select"].k if "select" in one.named_steps else None)
-        tried = training_N & tried_N, validation_N & tried_N
-        found = [both for _, some in alike for both in losses(list(some), *tried)]
-        chosen = min(range(len(found)), key=lambda place: found[place][0])
-        best, loss = among[chosen], found[chosen][1]
-    if loss is None or not tried_N[known_N].all():
-        ((_, loss),) = losses([best], training_N, validation_N)
+        parts = training_N & tried_N, validation_N & tried_N
+        found = [both for _, some in alike for both in tried(list(some), *parts)]
+        place = int(np.argmin([loss for loss, _ in found]))
+        best, scaled = among[place], found[place][1]
+    if scaled is None or not tried_N[known_N].all():
+        ((_, scaled),) = tried([best], training_N, validation_N)
     known_NV = counts_NV if known_N.all() else counts_NV[known_N]  # what can be without a copy is the largest matrix
-    return Choice(best.fit(known_NV, labels_N[known_N]), loss)
+    return Choice(best.fit(known_NV, labels_N[known_N]), scaled())
+
+
+def _scaled_loss(log_NK: NDArray[np.float64], place_N: NDArray[np.integer]) -> float:
+    return calibration.log_loss(calibration.best_scale(log_NK, place_N) * log_NK, place_N)
 
 
 def chosen(fitted: Pipeline) -> dict[str, float]:

@@ -265,9 +265,8 @@ def comparisons(study: Study) -> list[Comparison]:
             strata = {rest: members for rest, members in strata.items() if len(members) > 1}
             others = [f.name for f in study.factors if f is not factor]
             for rest, members in strata.items():
-                held = ", ".join(f"{name} {level}" for name, level in zip(others, rest, strict=True))
-                if study.design == "one_at_a_time":  # all others are the base arm's
-                    held = ""
+                crossed = study.design == "crossed"  # else all others are the base arm's
+                held = ", ".join(f"{name} {level}" for name, level in zip(others, rest, strict=True) if crossed)
                 for a, b in itertools.combinations(members, 2):
                     name = f"{factor.name} {a.levels[place]} vs {b.levels[place]}" + (f" ({held})" if held else "")
                     here.append((name, factor.name, {arm.levels[place]: (draw(arm),) for arm in (a, b)}))

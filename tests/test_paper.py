@@ -61,11 +61,9 @@ def test_arms_differ_from_the_base_in_the_named_factor_alone(name, settings, sca
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", ["size", "optimiser", "seeds", "early_weights"])
 def test_windows_and_their_multiset_are_the_same_whatever_the_factor(name, scale):
-    found = {
-        (arm.experiment.corpus, dataclasses.replace(arm.experiment.data, batch=1)) for arm in arms(loaded(name, (), scale))
-    }
-    assert len(found) == 1
-    assert {arm.experiment.data.windows % arm.experiment.data.batch for arm in arms(loaded(name, (), scale))} == {0}
+    found = [arm.experiment for arm in arms(loaded(name, (), scale))]
+    assert len({(one.corpus, dataclasses.replace(one.data, batch=1)) for one in found}) == 1
+    assert {one.data.windows % one.data.batch for one in found} == {0}, "epochs are whole"
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -184,6 +182,10 @@ def test_a_study_of_other_data_tells_what_differs(tmp_path):
     assert "| first64 | `data.first` | `0` | `64` |" in page
     assert "Not held fixed: the windows. base was fed 64 windows" in page
     assert "Held fixed: how often each window is seen, steps, training tokens, parameters." in page
+    audited = subprocess.run(
+        [command[0], "audit", tmp_path, "--replay", "1"], capture_output=True, text=True, env=meshes.environment(1), check=False
+    )
+    assert audited.returncode == 0, audited.stdout
     # another study of the same arms has nothing to train
     assert "train 3 arms" in ended.stderr
     again = subprocess.run(
