@@ -18,11 +18,13 @@ from natfp_jax.files import hash_json
 
 __all__ = [
     "Attribution",
+    "Conversations",
     "Corpus",
     "Data",
     "Experiment",
     "Factor",
     "MachineDocs",
+    "MachineQA",
     "Mesh",
     "Model",
     "Optimiser",
@@ -98,7 +100,28 @@ class Tfds(Strict):
     kind: Literal["tfds"] = "tfds"
 
 
-Source = Annotated[MachineDocs | TextFolder | Stories | Tfds, pydantic.Field(discriminator="kind")]
+@dataclass(frozen=True)
+class MachineQA(Strict):
+    """Questions and answers from this machine's documentation.
+
+    The question is the signature of a function or class, or the title of a module, and the answer its description.
+    """
+
+    kind: Literal["machine_qa"] = "machine_qa"
+
+
+@dataclass(frozen=True)
+class Conversations(Strict):
+    """A .jsonl file, or every .jsonl file below a folder (also .gz and .zst).
+
+    A line has `messages`, a list of {"role", "content"}, or else `prompt` and `response`.
+    """
+
+    path: str = ""
+    kind: Literal["conversations"] = "conversations"
+
+
+Source = Annotated[MachineDocs | TextFolder | Stories | Tfds | MachineQA | Conversations, pydantic.Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)

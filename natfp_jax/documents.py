@@ -1,7 +1,8 @@
-"""Where documents come from.
+"""Where documents and conversations come from.
 
 Owns the way from a source of the configuration to documents with random access, always through a prepared TFDS data set; and
-the name under which a source's data is known, which changes when the data does. Must not know what becomes of documents.
+the name under which a source's data is known, which changes when the data does. A conversation is a document in canonical
+JSON. Must not know what becomes of documents.
 """
 
 import contextlib
@@ -15,11 +16,14 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from natfp_jax import config
-from natfp_jax.datasets.builder import TextBuilder, quiet
+from natfp_jax.datasets.builder import Builder, quiet
+from natfp_jax.datasets.conversations import Conversations
 from natfp_jax.datasets.machine_docs import MachineDocs
+from natfp_jax.datasets.machine_qa import MachineQA
 from natfp_jax.datasets.stories import Stories
 from natfp_jax.datasets.text_folder import TextFolder
 from natfp_jax.errors import UserError
+from natfp_jax.files import canonical_json
 from natfp_jax.lock import alone
 from natfp_jax.progress import Progress
 
@@ -29,29 +33,37 @@ __all__ = ["Documents", "Source", "find"]
 class Documents:
     """A sequence of texts with random access, in TFDS's order, which is that of a hash of their keys."""
 
-    def __init__(self, folder: str, data: Any, text_key: str) -> None:
-        self._folder, self._data, self._text_key = folder, data, text_key
+    def __init__(self, folder: str, data: Any, field: str) -> None:
+        self._folder, self._data, self._field = folder, data, field
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, index: int) -> str:
-        """Document `index`, stripped of white space around it.
+        """Document `index`, stripped of white space around it; a conversation is the JSON of its messages.
 
         Raises:
           UserError: it is not UTF-8, or its file is damaged.
         """
         try:
-            text: bytes = self._data[index][self._text_key]
+            value = self._data[index][self._field]
         except Exception as error:  # files are opened only here, and array_record raises whatever it likes
             raise UserError(
                 f"document {index} in {self._folder} cannot be read ({_line(error)}): "
                 f"remove that folder and run the same command again"
             ) from None
         try:
-            return text.decode().strip()
+            return _text(value)
         except UnicodeDecodeError as error:
             raise UserError(f"document {index} in {self._folder} is not UTF-8 ({error.reason}): mend the data set") from None
+
+
+def _text(value: Any) -> str:
+    """A document from the bytes of its text, or from the roles and contents of its messages."""
+    if isinstance(value, bytes):
+        return value.decode().strip()
+    pairs = zip(value["role"], value["content"], strict=True)
+    return canonical_json([{"role": role.decode(), "content": content.decode()} for role, content in pairs])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +72,13 @@ class Source:
 
     builder: Any
     split: str
-    text_key: str
+    field: str  # that holds the text or the messages
 
     @property
     def identity(self) -> str:
         """The data's name, such as `stories/seed0-count20000/1.0.0[train].text`; other data has another one."""
-        name = f"{self.builder.info.full_name}[{self.split}].{self.text_key}"
-        if isinstance(self.builder, TextBuilder):  # its configuration is named after its inputs
+        name = f"{self.builder.info.full_name}[{self.split}].{self.field}"
+        if isinstance(self.builder, Builder):  # its configuration is named after its inputs
             return name
         return f"{name} of {self.builder.info.splits[self.split].num_examples} examples"
 
@@ -82,10 +94,10 @@ class Source:
           UserError: the source is broken, or the data on disk is not whole.
           Damaged: data of ours is not what was written.
         """
-        if isinstance(self.builder, TextBuilder):
+        if isinstance(self.builder, Builder):
             with alone(Path(self.builder.data_dir).parent, progress, wait=True):
                 if not self.builder.sealed:
-                    with progress.task(f"collecting {self.builder.name}", None, "documents") as advance:
+                    with progress.task(f"collecting {self.builder.name}", None, self.builder.COUNTED) as advance:
                         self.builder.prepare(advance)
                 self.builder.verify()
         with quiet():
@@ -106,7 +118,7 @@ class Source:
                 f"{self.builder.data_dir} holds {len(data)} examples of split {self.split}, its description says {expected}: "
                 f"remove that folder and run the same command again"
             )
-        return Documents(self.builder.data_dir, data, self.text_key)
+        return Documents(self.builder.data_dir, data, self.field)
 
 
 class _TFRecords:
@@ -149,14 +161,22 @@ def find(source: config.Source, data_dir: Path, progress: Progress) -> Source:
     """
     match source:
         case config.MachineDocs():
-            return Source(MachineDocs(data_dir=data_dir), "train", "text")
+            return _own(MachineDocs(data_dir=data_dir))
+        case config.MachineQA():
+            return _own(MachineQA(data_dir=data_dir))
         case config.TextFolder(path=path, text_key=key):
-            return Source(TextFolder(data_dir=data_dir, path=path, text_key=key), "train", "text")
+            return _own(TextFolder(data_dir=data_dir, path=path, text_key=key))
+        case config.Conversations(path=path):
+            return _own(Conversations(data_dir=data_dir, path=path))
         case config.Stories(count=count, seed=seed):
-            return Source(Stories(data_dir=data_dir, count=count, seed=seed), "train", "text")
+            return _own(Stories(data_dir=data_dir, count=count, seed=seed))
         case config.Tfds():
             with quiet():
                 return _foreign(source, progress)
+
+
+def _own(builder: Builder) -> Source:
+    return Source(builder, "train", builder.FIELD)
 
 
 def _foreign(source: config.Tfds, progress: Progress) -> Source:

@@ -19,7 +19,7 @@ import pyarrow.parquet
 
 from natfp_jax.errors import UserError
 
-__all__ = ["TOGETHER", "jsonl", "lines", "rows", "text_of", "whole"]
+__all__ = ["TOGETHER", "got", "jsonl", "lines", "rows", "text_of", "whole"]
 
 TOGETHER = 10_000  # rows that are read at once
 _SURROGATE = re.compile("[\ud800-\udfff]")  # which UTF-8 cannot hold
@@ -117,9 +117,13 @@ def text_of(record: Any, key: str, where: str, setting: str) -> str:
             f"{where}: no text in field {key!r} (got {json.dumps(record[key], default=str)[:40]}): mend or remove it"
         )
     if not isinstance(record, dict) or key not in record:
-        got = f"fields {', '.join(map(_printable, record)) or 'none'}" if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where}: no text in field {key!r} (got {got}): set {setting}")
+        raise UserError(f"{where}: no text in field {key!r} (got {got(record)}): set {setting}")
     return whole(record[key], where)
+
+
+def got(record: Any) -> str:
+    """What a record is instead of what was expected, on one line: its fields, or its type where it has none."""
+    return f"fields {', '.join(map(_printable, record)) or 'none'}" if isinstance(record, dict) else type(record).__name__
 
 
 def whole(text: str, where: str) -> str:

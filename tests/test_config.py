@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from natfp_jax import config
 from natfp_jax.config import (
     Attribution,
+    Conversations,
     Corpus,
     Data,
     Experiment,
     Factor,
     MachineDocs,
+    MachineQA,
     Mesh,
     Model,
     Optimiser,
@@ -169,6 +171,8 @@ RATES = st.floats(min_value=1e-12, max_value=1e6)
 FRACTIONS = st.floats(0, 1)
 SOURCES = st.one_of(
     st.builds(MachineDocs),
+    st.builds(MachineQA),
+    st.builds(Conversations, path=st.text()),
     st.builds(TextFolder, path=st.text(), text_key=st.text()),
     st.builds(Stories, count=SIZES, seed=SEEDS),
     st.builds(Tfds, name=st.text(), data_dir=st.none() | st.text()),

@@ -15,6 +15,7 @@ import pytest
 from natfp_jax.config import Stories, TextFolder
 from natfp_jax.datasets import stories
 from natfp_jax.datasets.grammar import Grammar
+from natfp_jax.datasets.machine import Machine
 from natfp_jax.datasets.machine_docs import MachineDocs
 from natfp_jax.documents import find
 from natfp_jax.errors import UserError
@@ -202,9 +203,8 @@ def test_a_missing_folder_gives_one_line(tmp_path, path):
 def test_machine_docs_are_docstrings_of_the_standard_library(tmp_path, monkeypatch):
     builder = MachineDocs(data_dir=tmp_path)
     assert re.fullmatch(r"machine_docs/python3\.[\d.]+-[0-9a-f]{16}/1\.0\.0", builder.info.full_name)
-    monkeypatch.setattr(builder, "_packages", {})
-    files = itertools.takewhile(lambda item: item[0] < "python:c", builder._files())
-    monkeypatch.setattr(builder, "_files", lambda: files)
+    files = itertools.takewhile(lambda item: item[0] < "python:c", Machine({}).files())
+    monkeypatch.setattr(Machine, "files", lambda self: files)
     documents = dict(builder.documents())
     argparse = next(text for key, text in documents.items() if key.startswith("python:argparse.py:1"))
     assert argparse.startswith("Command-line parsing library\n\nThis module is an optparse-inspired")

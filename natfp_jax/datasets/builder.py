@@ -1,7 +1,7 @@
-"""What the TFDS builders here have in common: one split `train` of documents with the field `text`, kept as ArrayRecord.
+"""What the TFDS builders here have in common: one split `train` of documents or of conversations, kept as ArrayRecord.
 
-A builder's configuration is named after its inputs, so that TFDS never takes one input's data for another's. Must not know
-what becomes of the documents.
+A document has the field `text`, a conversation the field `messages`. A builder's configuration is named after its inputs, so
+that TFDS never takes one input's data for another's. Must not know what becomes of either.
 """
 
 import abc
@@ -11,14 +11,14 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
 from natfp_jax.errors import Damaged
 from natfp_jax.files import MANIFEST, manifest, read_remade, verify, write_json
 
-__all__ = ["TextBuilder", "quiet"]
+__all__ = ["Builder", "ConversationBuilder", "TextBuilder", "quiet"]
 
 
 @contextlib.contextmanager
@@ -36,10 +36,12 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class TextBuilder(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
-    """A source of documents. `inputs` names what the documents are made from, `description` says it in words."""
+class Builder(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+    """A source of examples. `inputs` names what the examples are made from, `description` says it in words."""
 
     VERSION = tfds.core.Version("1.0.0")
+    FIELD: ClassVar[str]  # the one that an example has
+    COUNTED: ClassVar[str]  # what examples are called
 
     def __init__(self, *, data_dir: str | Path, inputs: str, description: str) -> None:
         prepared = Path(data_dir) / self.name / inputs / str(self.VERSION)
@@ -47,11 +49,16 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
             self._verify(prepared, lambda name: name.endswith(".json"))
         with quiet():
             super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=inputs, description=description))
-        self._advance: Callable[[int], None] = lambda documents: None
+        self._advance: Callable[[int], None] = lambda examples: None
+
+    @staticmethod
+    @abc.abstractmethod
+    def feature() -> Any:
+        """The TFDS feature of the field."""
 
     @abc.abstractmethod
-    def documents(self) -> Iterator[tuple[str, str]]:
-        """Yields (key, text), the key unique and the same on every machine: TFDS orders documents by its hash."""
+    def examples(self) -> Iterator[tuple[str, Any]]:
+        """Yields (key, value of the field), the key unique and the same on every machine: TFDS orders by its hash."""
 
     @property
     def sealed(self) -> bool:
@@ -59,7 +66,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
         return (Path(self.data_dir) / MANIFEST).exists()
 
     def prepare(self, advance: Callable[[int], None]) -> None:
-        """Writes the data, whole or not at all, telling `advance` of the documents; for one process at a time."""
+        """Writes the data, whole or not at all, telling `advance` of the examples; for one process at a time."""
         final = Path(self.data_dir)
         for remains in final.parent.glob(f"incomplete.*_{final.name}"):  # of a killed process
             shutil.rmtree(remains)
@@ -86,12 +93,51 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
         verify(folder, {name: entry for name, entry in listed.items() if wanted(name)})
 
     def _info(self) -> Any:
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({self.FIELD: self.feature()}))
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
         return {"train": self._generate_examples()}
 
-    def _generate_examples(self) -> Iterator[tuple[str, dict[str, str]]]:
-        for key, text in self.documents():
-            yield key, {"text": text}
+    def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for key, value in self.examples():
+            yield key, {self.FIELD: value}
             self._advance(1)
+
+
+class TextBuilder(Builder):
+    """A source of documents."""
+
+    FIELD, COUNTED = "text", "documents"
+
+    @staticmethod
+    def feature() -> Any:
+        """A text."""
+        return tfds.features.Text()
+
+    @abc.abstractmethod
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Yields (key, text)."""
+
+    def examples(self) -> Iterator[tuple[str, str]]:
+        """The documents."""
+        return self.documents()
+
+
+class ConversationBuilder(Builder):
+    """A source of conversations."""
+
+    FIELD, COUNTED = "messages", "conversations"
+
+    @staticmethod
+    def feature() -> Any:
+        """Messages in their order."""
+        return tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()})
+
+    @abc.abstractmethod
+    def conversations(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """Yields (key, [(role, content), ...])."""
+
+    def examples(self) -> Iterator[tuple[str, list[dict[str, str]]]]:
+        """The conversations."""
+        for key, messages in self.conversations():
+            yield key, [{"role": role, "content": content} for role, content in messages]

@@ -3,11 +3,11 @@
 Owns which files of a folder are read, and what their documents are called.
 """
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from natfp_jax.datasets.builder import TextBuilder
+from natfp_jax.datasets.listing import below, digest
 from natfp_jax.errors import UserError
 from natfp_jax.records import jsonl, lines, text_of
 
@@ -27,21 +27,17 @@ class TextFolder(TextBuilder):
         self._path, self._text_key = Path(path), text_key
         if not path or not self._path.is_dir():
             raise UserError(f"text folder {str(path)!r} is no folder: set the source's path to one with .txt or .jsonl files")
-        self._files = sorted(file for file in self._path.rglob("*") if file.name.endswith(_SUFFIXES) and file.is_file())
+        self._files = below(self._path, _SUFFIXES)
         if not self._files:
             raise UserError(f"text folder {path} has no file that ends in {', '.join(_SUFFIXES)}: put texts there")
-        listing = [text_key]
-        for file in self._files:
-            status = file.stat()
-            listing.append(f"{file.relative_to(self._path).as_posix()}\0{status.st_size}\0{status.st_mtime_ns}")
-        digest = hashlib.sha256("\n".join(listing).encode(errors="surrogateescape")).hexdigest()[:32]
-        super().__init__(data_dir=data_dir, inputs=digest, description=f"{len(self._files)} text files below {path}")
+        super().__init__(
+            data_dir=data_dir, inputs=digest(self._files, text_key), description=f"{len(self._files)} text files below {path}"
+        )
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """Yields (file or file:line, text)."""
         empty = True
-        for file in self._files:
-            name = file.relative_to(self._path).as_posix()
+        for name, file in self._files.items():
             is_jsonl = name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
             for key, text in self._jsonl(name, file) if is_jsonl else [(name, _txt(file))]:
                 if text.strip():
