@@ -31,49 +31,80 @@ def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def causal(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, theta: float, devices: Devices | None = None) -> jax.Array:
+def causal(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    theta: float,
+    devices: Devices | None = None,
+    begin_BT: jax.Array | None = None,
+) -> jax.Array:
     """Every token attends to itself and those before it, which stand at 0, 1, ...; queries and keys not rotated yet.
 
     Args:
       theta: of the rotation.
       devices: what rows and heads are laid over, where that is known.
+      begin_BT: where a row holds several examples, the place at which each token's own begins: what stands before it is not
+        attended to, and positions count from there.
     """
     whole = devices is not None and mesh.whole(devices)
     if jax.default_backend() == "cpu" and whole:
-        blocks = tuple(map(row_blocks, (q_BTNH, k_BTKH, v_BTKH)))
+        given = (q_BTNH, k_BTKH, v_BTKH) if begin_BT is None else (q_BTNH, k_BTKH, v_BTKH, begin_BT)
+        blocks = tuple(map(row_blocks, given))
         if len(blocks[0]) > 1:
             # Some rows at a time, whose scores stay in the cache, and are made again for the backward pass instead of kept.
             some = jax.checkpoint(partial(_some_rows, theta=theta))
-            return jax.lax.map(lambda qkv: some(*qkv), blocks).reshape(q_BTNH.shape)
+            return jax.lax.map(lambda block: some(*block), blocks).reshape(q_BTNH.shape)
     # A kernel of cuDNN cannot be placed inside of `shard_map` where some axes are left to the compiler (jax issue 21584).
     placed = not isinstance(devices, jax.sharding.AbstractMesh)
-    return _rotated(q_BTNH, k_BTKH, v_BTKH, theta, _fused(q_BTNH) if placed else None)
+    return _rotated(q_BTNH, k_BTKH, v_BTKH, theta, _fused(q_BTNH) if placed and begin_BT is None else None, begin_BT)
 
 
-def _some_rows(q_bTNH: jax.Array, k_bTKH: jax.Array, v_bTKH: jax.Array, theta: float) -> jax.Array:
+def _some_rows(
+    q_bTNH: jax.Array, k_bTKH: jax.Array, v_bTKH: jax.Array, begin_bT: jax.Array | None = None, *, theta: float
+) -> jax.Array:
     """As `_rotated`, in the order of operations that is given: the sums divide in the end, the weighed values alone.
 
     JAX's own divides all weights, which XLA does, or else multiplies by the inverse, as it finds the program around.
     """
     b, T, N, H = q_bTNH.shape
     K, dtype = k_bTKH.shape[2], q_bTNH.dtype
-    position_T = jnp.arange(T)[None]
+    position_T = _positions(T, begin_bT)
     q_bTKGH = rotate(q_bTNH, position_T, theta).reshape(b, T, K, N // K, H)
     wide = {"preferred_element_type": jnp.float32}
     z_bKGTS = jnp.einsum("btkgh,bskh->bkgts", q_bTKGH, rotate(k_bTKH, position_T, theta), **wide) * H**-0.5
-    z_bKGTS = jnp.where(jnp.tril(jnp.ones((T, T), bool)), z_bKGTS, -jnp.inf)
+    seen = jnp.tril(jnp.ones((T, T), bool))
+    if begin_bT is not None:
+        seen &= _own(begin_bT)[:, None, None]
+    z_bKGTS = jnp.where(seen, z_bKGTS, -jnp.inf)
     weight_bKGTS = jnp.exp(z_bKGTS - jax.lax.stop_gradient(z_bKGTS.max(axis=-1, keepdims=True)))
     scale_bTKG = jnp.moveaxis(1 / weight_bKGTS.sum(axis=-1), 3, 1)
     out_bTKGH = jnp.einsum("bkgts,bskh->btkgh", weight_bKGTS.astype(dtype), v_bTKH, **wide) * scale_bTKG[..., None]
     return out_bTKGH.astype(dtype).reshape(b, T, N, H)
 
 
+def _positions(T: int, begin_BT: jax.Array | None) -> jax.Array:
+    place_T = jnp.arange(T)[None]
+    return place_T if begin_BT is None else place_T - begin_BT
+
+
+def _own(begin_BT: jax.Array) -> jax.Array:
+    """Whether a place, the last axis, is not before the beginning of a token's own example: [B, T, T]."""
+    return jnp.arange(begin_BT.shape[1]) >= begin_BT[..., None]
+
+
 def _rotated(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, theta: float, kernel: Literal["cudnn"] | None
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    theta: float,
+    kernel: Literal["cudnn"] | None,
+    begin_BT: jax.Array | None = None,
 ) -> jax.Array:
-    position_T = jnp.arange(q_BTNH.shape[1])[None]
+    position_T = _positions(q_BTNH.shape[1], begin_BT)
     q_BTNH, k_BTKH = rotate(q_BTNH, position_T, theta), rotate(k_BTKH, position_T, theta)
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation=kernel)
+    own = None if begin_BT is None else _own(begin_BT)[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=own, is_causal=True, implementation=kernel)
 
 
 def _fused(x_BTNH: jax.Array) -> Literal["cudnn"] | None:

@@ -6,6 +6,7 @@ Writes nothing and mends nothing.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from natfp_jax.corpus import Store, opened
 from natfp_jax.errors import UserError
 from natfp_jax.progress import Progress
 from natfp_jax.runs import RunFolder
-from natfp_jax.study import Arm, arms, draws
+from natfp_jax.study import Arm, arms, draws, parents
 
 __all__ = ["REPLAYED", "audit"]
 
@@ -40,12 +41,16 @@ def audit(out: Path, progress: Progress, replayed: int = REPLAYED) -> list[Claim
     claims: list[Claim] = []
     stores = _stores(out, claims)
     studies = [_Study.read(path, claims) for path in sorted((out / "studies").glob("*/study.json"))]
-    names = {entry["fingerprint"]: f"arm {arm}" for study in studies if study for arm, entry in study.listed.items()}
-    runs = [AuditedRun(RunFolder(folder), names, stores) for folder in folders]
-    known = {run.fingerprint: run for run in runs if run.readable(claims)}
+    names = dict[str, str]()
+    for one in filter(None, studies):  # what is an arm of one study may be a parent in another
+        for name, entry in sorted(one.listed.items(), key=lambda entry: entry[0] in one.arms):
+            names[entry["fingerprint"]] = f"arm {name}" if name in one.arms else f"the {name}"
+    known = dict[str, AuditedRun]()
+    runs = [AuditedRun(RunFolder(folder), names, stores, known) for folder in folders]
+    known |= {run.fingerprint: run for run in runs if run.readable(claims)}
     with progress.task("audit", len(known), "runs") as advance:
         for run in known.values():
-            claims += run.claims(known, replayed)
+            claims += run.claims(replayed)
             advance(1)
     for study in studies:
         if study is not None:
@@ -112,38 +117,43 @@ class _Study:
             if (self.folder / name).exists():
                 yield attempt(subject, f"{name} is what was written", lambda name=name: self._result(name, known))  # type: ignore[misc]
 
-    def _all(self) -> dict[str, Arm]:
+    @cached_property
+    def arms(self) -> dict[str, Arm]:
+        """Its arms, by their names."""
         return {arm.id: arm for arm in arms(self.study)}
 
     def _arms(self, known: dict[str, AuditedRun]) -> str | None:
-        for name, arm in self._all().items():
-            entry = self.listed[name]
+        for arm in (*parents(self.arms.values()), *self.arms.values()):
+            name, entry = arm.id, self.listed[arm.id]
             if wrong := unless(
                 config.fingerprint(arm.experiment, entry["inputs"]), entry["fingerprint"], f"arms.json says that arm {name} is"
             ):
                 return wrong
-            if entry["fingerprint"] not in known and (self.folder / "attribution.json").exists():
+            if name in self.arms and entry["fingerprint"] not in known and (self.folder / "attribution.json").exists():
                 return f"arm {name} has no run that can be read, expected {entry['fingerprint'][:16]}"
         return None
 
     def _distinct(self, known: dict[str, AuditedRun]) -> str | None:
         """What must differ differs, and what must be equal is; between arms of one size, corpus and length."""
         seen: dict[Any, tuple[str, Any]] = {}
-        for name, arm in self._all().items():
+        for name, arm in self.arms.items():
             run, experiment = known.get(self.listed[name]["fingerprint"]), arm.experiment
             if run is None or not run.records:
                 continue
-            last, data = run.records[max(run.records)], experiment.data
-            start = experiment.model, experiment.seeds.init, experiment.perturb, self.listed[name]["inputs"]["tokenizer"]
+            first, last, data = run.records[min(run.records)], run.records[max(run.records)], experiment.data
+            inputs, adapters = self.listed[name]["inputs"], experiment.lora
+            # Alpha is in no weight; and parents may be one at the step that is begun with.
+            begun = first.get("origin", {}).get("weights"), adapters and (adapters.rank, adapters.targets)
+            seed = experiment.seeds.init if "init" in experiment.deciding else None
+            start = experiment.model, seed, experiment.perturb, inputs["tokenizer"], begun
             order = (
                 data.windows,
                 data.epochs,
                 data.batch,
                 experiment.seeds.order,
-                self.listed[name]["inputs"]["pool"],
+                inputs["pool"],
                 last["step"],
             )
-            first = run.records[min(run.records)]
             compared = [("init", start, first["weights"]), ("order", order, last["order_hash"])]
             for kind, source, got in compared if last["step"] > 0 else compared[:1]:  # at step 0 nothing is fed yet
                 pairs: tuple[tuple[Any, Any], ...] = ((("hash", kind, got), source), (("source", kind, source), got))

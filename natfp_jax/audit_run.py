@@ -6,12 +6,12 @@ Owns the claims of one run, recomputed from its seeds and its corpus. Must not k
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 
-from natfp_jax import checkpoint, config, files, lineage, mesh, params
+from natfp_jax import checkpoint, config, files, lineage, lora, mesh, params
 from natfp_jax.claims import Claim, attempt, guarded, short, unless
 from natfp_jax.config import Experiment, Run
 from natfp_jax.corpus import Store
@@ -19,8 +19,9 @@ from natfp_jax.errors import UserError
 from natfp_jax.lineage import weight_hash
 from natfp_jax.lock import held
 from natfp_jax.order import Order, order_hash
+from natfp_jax.params import Params
 from natfp_jax.runs import RunFolder
-from natfp_jax.train import conditions, replay
+from natfp_jax.train import conditions, load_weights, replay
 
 __all__ = ["AuditedRun"]
 
@@ -28,8 +29,11 @@ __all__ = ["AuditedRun"]
 class AuditedRun:
     """One run under audit."""
 
-    def __init__(self, run: RunFolder, names: dict[str, str], stores: dict[tuple[str, str], Store]) -> None:
-        self.run, self._names, self._stores = run, names, stores
+    def __init__(
+        self, run: RunFolder, names: dict[str, str], stores: dict[tuple[str, str], Store], known: "dict[str, AuditedRun]"
+    ) -> None:
+        """`known`: all runs that can be read, by their fingerprints."""
+        self.run, self._names, self._stores, self._known = run, names, stores, known
         self.subject = f"run {run.folder.name}"
 
     def readable(self, claims: list[Claim]) -> bool:
@@ -78,12 +82,37 @@ class AuditedRun:
         return found
 
     @cached_property
-    def init_hash(self) -> str | None:
-        """What the seed gives on this machine."""
-        if self.store is None:
+    def parent(self) -> "AuditedRun | None":
+        """The run of its parent, if it has one and that is here."""
+        return self._known.get(self.inputs.get("parent", ""))
+
+    def _parent_weights(self, devices: jax.sharding.Mesh) -> Callable[[], Params] | None:
+        """What reads the weights that a child begins with."""
+        assert self.store is not None
+        descent, run = self.experiment.parent, self.parent
+        if descent is None or run is None:
             return None
-        specs = params.table(self.experiment.model, self.store.tokenizer.padded_size)
-        return weight_hash(params.init(specs, self.experiment.seeds.init, perturb=self.experiment.perturb))
+        return partial(load_weights, run.run, descent.step, run.experiment, self.store.tokenizer.padded_size, devices)
+
+    @cached_property
+    def _begun(self) -> Params | None:
+        """What the seed gives on this machine, and the parent; None: there is no telling here."""
+        if self.store is None or (self.experiment.parent is not None and self.parent is None):
+            return None
+        parent, specs = self._parent_weights(self._devices()), self._specs
+        one = self.experiment
+        return lora.begun(specs, one.seeds.init, None, one.perturb, None if parent is None else parent())
+
+    @cached_property
+    def _specs(self) -> dict[str, params.Spec]:
+        assert self.store is not None
+        return lora.table(self.experiment.model, self.store.tokenizer.padded_size, self.experiment.lora)
+
+    @cached_property
+    def init_hash(self) -> str | None:
+        """The hash of the weights that it must have begun with."""
+        tree = self._begun
+        return None if tree is None else weight_hash(tree)
 
     def order_hashes(self, steps: list[int]) -> dict[int, str]:
         """The order hash at each of `steps`, ascending, from the seed."""
@@ -95,21 +124,21 @@ class AuditedRun:
             at, found[step] = step, fed
         return found
 
-    def claims(self, known: dict[str, "AuditedRun"], replayed: int) -> Iterator[Claim]:
+    def claims(self, replayed: int) -> Iterator[Claim]:
         """All of the run's claims."""
         if held(self.run.folder):
             yield Claim(self.subject, "its training", "recorded", "a process is at it: audit it again afterwards")
             return
         steps = f"checkpoints {', '.join(map(str, self.steps))}"
         yield attempt(self.subject, f"{steps}: every file is what was written", lambda: self._each(self._whole))
-        yield attempt(
-            self.subject, f"{steps} are of this experiment", lambda: self._each(lambda step: self._owner(step, known))
-        )
+        yield attempt(self.subject, f"{steps} are of this experiment", lambda: self._each(self._owner))
         if self.store is None:
             yield Claim(self.subject, "corpus, init and order", "recorded", "its corpus is not here, or is damaged")
         else:
-            yield from self._recomputed(known, replayed)
+            yield from self._recomputed(replayed)
         yield attempt(self.subject, "each checkpoint names the weights of one before it, back to step 0", self._chain)
+        if self.experiment.parent is not None:
+            yield guarded(self.subject, "each checkpoint names the parent's that it begins with", self._descent)
         if self.finished:
             yield attempt(self.subject, "lineage.json says what the checkpoints say, and the log is whole", self._gathered)
         else:
@@ -130,14 +159,14 @@ class AuditedRun:
     def _whole(self, step: int) -> None:
         checkpoint.verify(self.run.checkpoints, step)
 
-    def _owner(self, step: int, known: dict[str, "AuditedRun"]) -> str | None:
+    def _owner(self, step: int) -> str | None:
         owner = checkpoint.record(self.run.checkpoints, step)["fingerprint"]
         if owner == self.fingerprint:
             return None
-        whose = known[owner].subject if owner in known else f"the experiment {owner[:16]}"
+        whose = self._known[owner].subject if owner in self._known else f"the experiment {owner[:16]}"
         return f"it is a checkpoint of {whose}, under the name of {self.subject}"
 
-    def _recomputed(self, known: dict[str, "AuditedRun"], replayed: int) -> Iterator[Claim]:
+    def _recomputed(self, replayed: int) -> Iterator[Claim]:
         assert self.store is not None
         data, store = self.experiment.data, self.store
         yield attempt(
@@ -146,8 +175,10 @@ class AuditedRun:
             lambda: unless(store.pool(data).sha256(), self.inputs["pool"], "its pool is recorded as"),
         )
         yield attempt(self.subject, "checkpoints hold the weights whose hash they record", lambda: self._each(self._weights))
-        yield guarded(self.subject, "the weights of step 0 are those of the init seed", lambda: self._init(known))
-        yield attempt(self.subject, "the windows were fed in the order of the seed", lambda: self._order(known))
+        yield guarded(self.subject, "the weights of step 0 are those of the init seed", self._init)
+        if self.experiment.lora is not None:
+            yield guarded(self.subject, "nothing but the adapters was trained", self._still)
+        yield attempt(self.subject, "the windows were fed in the order of the seed", self._order)
         yield guarded(self.subject, "the first weights follow from the seeds", lambda: self._replayed(replayed))
 
     def _devices(self) -> jax.sharding.Mesh:
@@ -158,10 +189,13 @@ class AuditedRun:
         assert self.store is not None
         if step not in self.records:
             return "its record cannot be read"
-        specs = params.table(self.experiment.model, self.store.tokenizer.padded_size)
+        return unless(self.records[step]["weights"], weight_hash(self._read(step)), "its weights have sha256")
+
+    def _read(self, step: int) -> Params:
+        specs = self._specs
         like = checkpoint.with_shardings(params.abstract(specs), mesh.param_shardings(self._devices(), specs))
-        got, _ = checkpoint.restore(self.run.checkpoints, step, like)
-        return unless(self.records[step]["weights"], weight_hash(got), "its weights have sha256")
+        tree: Params = checkpoint.restore(self.run.checkpoints, step, like)[0]
+        return tree
 
     def _same_software(self, step: int) -> bool:
         """Whether this machine draws the numbers that the run's machine drew."""
@@ -169,28 +203,58 @@ class AuditedRun:
         names = ("backend", "device", "machine")
         return all(there[name] == here[name] for name in names) and there["versions"]["jax"] == here["versions"]["jax"]
 
-    def _init(self, known: dict[str, "AuditedRun"]) -> Claim:
-        seed = self.experiment.seeds.init
+    def _init(self) -> Claim:
+        seed, descent = self.experiment.seeds.init, self.experiment.parent
         claim = f"the weights of step 0 are those of init seed {seed}"
+        if descent is not None:
+            whose = f"run {self.inputs['parent'][:16]}" if self.parent is None else self.parent.subject
+            claim = f"the weights of step 0 are those of step {descent.step} of {whose}"
+            claim += f", and adapters of init seed {seed}" if self.experiment.lora else ""
+        if not self.records:
+            return Claim(self.subject, claim, "recorded", "there is no checkpoint")
+        if descent is not None and self.parent is None:
+            return Claim(self.subject, claim, "recorded", "its parent is not here")
         wrong = {step: record["init_hash"] for step, record in self.records.items() if record["init_hash"] != self.init_hash}
         if 0 in self.records and self.records[0]["weights"] != self.init_hash:
             wrong[0] = self.records[0]["weights"]
-        if not self.records:
-            return Claim(self.subject, claim, "recorded", "there is no checkpoint")
         if not wrong:
             return Claim(self.subject, claim, "proven")
         step, got = next(iter(wrong.items()))
-        whose = [run for run in known.values() if run is not self and run.init_hash == got]
-        named = f": that is init seed {whose[0].experiment.seeds.init} of {whose[0].subject}" if whose else ""
-        detail = f"checkpoint {step} says {short(got)}, the seed gives {short(self.init_hash)}{named}"
-        if whose or self._same_software(step):
+        named = self._named(got)
+        gives = "the seed gives" if descent is None else "they are"
+        detail = f"checkpoint {step} says {short(got)}, {gives} {short(self.init_hash)}{named or ''}"
+        copied = descent is not None and descent.experiment.lora is None and self.experiment.lora is None
+        if named or copied or self._same_software(step):
             return Claim(self.subject, claim, "false", detail)
         return Claim(self.subject, claim, "recorded", f"{detail}; it was made by another machine or version of jax")
 
-    def _order(self, known: dict[str, "AuditedRun"]) -> str | None:
+    def _named(self, weights: str) -> str | None:
+        """Whose weights these are, in words."""
+        for run in self._known.values():
+            if run is not self and run.experiment.parent is None and run.init_hash == weights:
+                return f": that is init seed {run.experiment.seeds.init} of {run.subject}"
+            for step, record in run.records.items():
+                if run is not self and record["weights"] == weights:
+                    return f": that is step {step} of {run.subject}"
+        return None
+
+    def _still(self) -> Claim:
+        claim = "nothing but the adapters was trained"
+        tree = self._begun
+        if tree is None:
+            return Claim(self.subject, claim, "recorded", "its parent is not here")
+        expected = weight_hash(lora.split(tree, self.experiment.lora)[1])
+
+        def wrong(step: int) -> str | None:
+            _, still = lora.split(self._read(step), self.experiment.lora)
+            return unless(expected, weight_hash(still), "all other weights have sha256")
+
+        return attempt(self.subject, claim, lambda: self._each(wrong))
+
+    def _order(self) -> str | None:
         for step, expected in self.order_hashes(list(self.records)).items():
             if (got := self.records[step]["order_hash"]) != expected:
-                others = [run for run in known.values() if run is not self and run.order_hashes([step])[step] == got]
+                others = [run for run in self._known.values() if run is not self and run.order_hashes([step])[step] == got]
                 named = f": that is order seed {others[0].experiment.seeds.order} of {others[0].subject}" if others else ""
                 seed = self.experiment.seeds.order
                 return f"checkpoint {step} records {short(got)}, order seed {seed} gives {short(expected)}{named}"
@@ -215,7 +279,8 @@ class AuditedRun:
             recorded[step] = record["weights"], step
             recorded.update({int(early): (sha256, step) for early, sha256 in record["early"].items()})
         wanted = {step: said for step, said in sorted(recorded.items()) if 0 < step <= replayed}
-        claim = f"the weights of steps {', '.join(map(str, wanted))} follow from the seeds"
+        sources = "the seeds" if self.experiment.parent is None else "the seeds and the parent"
+        claim = f"the weights of steps {', '.join(map(str, wanted))} follow from {sources}"
         if not wanted:
             return Claim(self.subject, f"the weights of the first {replayed} steps", "recorded", "none of them is recorded")
         if wrong := self._early():
@@ -238,7 +303,10 @@ class AuditedRun:
         if there["backend"] == "gpu" and "deterministic" not in there["xla_flags"]:
             why = "a GPU repeats itself with XLA_FLAGS=--xla_gpu_deterministic_ops=true alone, under which it was not trained"
             return Claim(self.subject, claim, "recorded", why)
-        for step, weights in replay(self.experiment, self.store, settings, devices, max(wanted)):
+        if self.experiment.parent is not None and self.parent is None:
+            return Claim(self.subject, claim, "recorded", "its parent is not here")
+        parent = self._parent_weights(devices)
+        for step, weights in replay(self.experiment, self.store, settings, devices, max(wanted), parent):
             if step in wanted and (got := weight_hash(weights)) != wanted[step][0]:
                 detail = f"step {step} gives {short(got)}, checkpoint {wanted[step][1]} records {short(wanted[step][0])}"
                 return Claim(self.subject, claim, "false", f"{detail}: not trained from this step 0, or by other code")
@@ -267,8 +335,45 @@ class AuditedRun:
                 return f"checkpoint {step} descends from {short(parent['weights'])}, step {parent['step']} is {short(got)}"
         return None
 
+    def _descent(self) -> Claim:
+        descent, claim = self.experiment.parent, "each checkpoint names the parent's that it begins with"
+        assert descent is not None
+        run, one = self.parent, self.experiment
+        if one.lora is None and one.perturb is None and 0 in self.records:  # it is a copy, wherever that was made
+            copied = self.records[0].get("origin", {}).get("weights")
+            if wrong_copy := unless(copied, self.records[0]["weights"], "checkpoint 0 is"):
+                return Claim(self.subject, claim, "false", wrong_copy)
+        if run is None:
+            return Claim(self.subject, claim, "recorded", f"run {self.inputs['parent'][:16]} is not here")
+
+        def wrong() -> str | None:
+            if other := unless(run.inputs["tokenizer"], self.inputs["tokenizer"], "its tokenizer is"):
+                return other
+            if other := unless(config.fingerprint(descent.experiment, run.inputs), run.fingerprint, "its parent is said to be"):
+                return other
+            if descent.step not in run.records:
+                return f"{run.subject} has no checkpoint at step {descent.step}"
+            expected = {name: run.records[descent.step][name] for name in ("fingerprint", "step", "weights")}
+            for step, record in self.records.items():
+                if (got := record.get("origin")) != expected:
+                    said = (
+                        "none" if got is None else f"step {got['step']} of {short(got['fingerprint'])}, {short(got['weights'])}"
+                    )
+                    return (
+                        f"checkpoint {step} names {said}; step {descent.step} of {run.subject} is {short(expected['weights'])}"
+                    )
+            return None
+
+        return attempt(self.subject, claim, wrong)
+
     def _gathered(self) -> str | None:
         written = files.read_remade(self.run.folder / "lineage.json")
         if written["checkpoints"] != list(self.records.values()):
             return "lineage.json differs from the records of the checkpoints"
         return self.run.damaged_metrics()
+
+
+def _checkpoint(origin: dict[str, Any] | None) -> str:
+    if origin is None:
+        return "none"
+    return f"step {origin['step']} of run {short(origin['fingerprint'])}, {short(origin['weights'])}"

@@ -456,12 +456,12 @@ def generate(
     seed: int = 0,
     tokenizer: TokenizerFile = None,
 ) -> None:
-    """Continues a prompt, to look at what a checkpoint has learnt.
+    """Continues a prompt, or answers it after a training on conversations, to look at what a checkpoint has learnt.
 
     Example: natfp generate out/runs/0123456789abcdef --prompt "Return the" --texts 3 --temperature 0.8
 
     Args:
-      prompt: what the texts begin with; left out: they begin as a document does.
+      prompt: what the texts begin with, or what is asked; left out: they begin as a document does.
       texts: how many.
       new_tokens: at most, of each.
       repetition_penalty: above 1, ids that prompt or text have already become less likely.
@@ -493,7 +493,8 @@ def generate(
     for number, text in enumerate(continuations(model, prompt, texts, sampling, devices)):
         if number:
             console.rule()
-        print(f"{prompt}{text}", file=console.file)  # as it is: the console would take some of it for its own
+        between = "" if model.chat is None else "\n"  # a text goes on, an answer begins
+        print(f"{prompt}{between}{text}", file=console.file)  # as it is: the console would take some of it for its own
 
 
 def export(
@@ -512,7 +513,7 @@ def export(
 
     model, _ = _trained(checkpoint, tokenizer)
     try:
-        write(model.params, model.model, model.tokenizer, model.context, folder)
+        write(model.params, model.model, model.tokenizer, model.context, folder, model.end_id)
     except OSError as error:
         if (said := _unwritable(error)) is None:
             raise

@@ -23,11 +23,13 @@ __all__ = [
     "Data",
     "Experiment",
     "Factor",
+    "Lora",
     "MachineDocs",
     "MachineQA",
     "Mesh",
     "Model",
     "Optimiser",
+    "Parent",
     "Perturb",
     "Run",
     "Sampling",
@@ -35,6 +37,7 @@ __all__ = [
     "Source",
     "Stories",
     "Study",
+    "Template",
     "TextFolder",
     "Tfds",
     "fingerprint",
@@ -124,17 +127,45 @@ class Conversations(Strict):
 Source = Annotated[MachineDocs | TextFolder | Stories | Tfds | MachineQA | Conversations, pydantic.Field(discriminator="kind")]
 
 
+def _holding(text: str) -> str:
+    if text.count("{content}") != 1:
+        raise ValueError("a message is written once: {content} must stand in it exactly once")
+    return text
+
+
+Written = Annotated[str, pydantic.AfterValidator(_holding)]
+
+
+@dataclass(frozen=True)
+class Template(Strict):
+    """How the messages of a conversation are written, one behind another; what a model is to answer begins its `assistant`.
+
+    A special token of the tokenizer is one where it stands here, and never in a message.
+    """
+
+    system: Written = "{content}\n"
+    user: Written = "Question:\n{content}\n"
+    assistant: Written = "Answer:\n{content}"
+    end_of_turn: Annotated[str, pydantic.Field(min_length=1)] = "<|eos|>"  # the special token behind an answer; it ends a text
+
+
 @dataclass(frozen=True)
 class Corpus(Strict):
     """Where the documents come from and how they become token ids."""
 
     source: Source = MachineDocs()
+    template: Template = Template()  # of a source of conversations
     vocabulary: Positive = 2048  # entries of the byte-level BPE that is trained, special tokens included
     tokenizer: str | None = None  # a tokenizer.json to use instead of training one
     tokenizer_bytes: Positive = 32 << 20  # how much training text the BPE is trained on at most
     validation_fraction: OpenFraction = 0.03  # of the documents
     prompt_fraction: OpenFraction = 0.25  # of the documents
     shards: Positive = 8  # files of the token store
+
+    @property
+    def conversations(self) -> bool:
+        """Whether its documents are conversations, of which the answers are learnt."""
+        return isinstance(self.source, MachineQA | Conversations)
 
 
 # --- what decides the weights -----------------------------------------------------------------------------------------
@@ -195,6 +226,7 @@ class Seeds(Strict):
 
     init: Seed = 0
     order: Seed = 0
+    dropout: Seed = 0  # what is left out at each step, where `dropout` says how much
 
 
 @dataclass(frozen=True)
@@ -207,6 +239,34 @@ class Perturb(Strict):
 
 
 @dataclass(frozen=True)
+class Lora(Strict):
+    """Low-rank adaptation (Hu et al., 2021): to a matrix W comes alpha / rank · A B, and A and B alone are trained.
+
+    A starts at random, from the init seed, and B at zero, so that the first step is the parent's.
+    """
+
+    rank: Positive = 8
+    alpha: PositiveFloat = 16.0
+    targets: Annotated[tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...], pydantic.Field(min_length=1)] = (
+        "q",
+        "v",
+    )  # the matrices of each layer that are adapted
+
+
+@dataclass(frozen=True)
+class Parent(Strict):
+    """The checkpoint whose weights an experiment begins with: another experiment, and how far it has been trained."""
+
+    experiment: "Experiment"
+    fraction: Fraction = 1.0  # of its training
+
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint."""
+        return round(self.fraction * self.experiment.steps)
+
+
+@dataclass(frozen=True)
 class Experiment(Strict):
     """Everything that decides the weights."""
 
@@ -216,6 +276,20 @@ class Experiment(Strict):
     optimiser: Optimiser = Optimiser()
     seeds: Seeds = Seeds()
     perturb: Perturb | None = None
+    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0  # of what a block adds to its input, while training
+    parent: Parent | None = None  # None: its weights begin with the init seed
+    lora: Lora | None = None  # None: all weights are trained
+
+    @property
+    def deciding(self) -> tuple[str, ...]:
+        """The seeds that decide something of its weights."""
+        begins = ("init",) if self.parent is None or self.lora is not None else ()  # else all weights are the parent's
+        return (*begins, "order", *(("dropout",) if self.dropout else ()))
+
+    @property
+    def ancestors(self) -> "tuple[Experiment, ...]":
+        """Those that have to be trained before it, the oldest first."""
+        return () if self.parent is None else (*self.parent.experiment.ancestors, self.parent.experiment)
 
     @property
     def steps(self) -> int:
@@ -238,11 +312,17 @@ class Experiment(Strict):
 
 
 def shape(experiment: Experiment) -> Experiment:
-    """What arms must have in common to train as one program: all but the seeds, the numbers of the optimiser, and the text."""
+    """What arms must have in common to train as one program.
+
+    All but the seeds, the numbers of the optimiser, the text and the parent; but text and conversations are read in two ways.
+    """
     given = experiment.optimiser
     optimiser = Optimiser(kind=given.kind, schedule=given.schedule, nonfinite=given.nonfinite)
     data = dataclasses.replace(experiment.data, first=0)
-    return dataclasses.replace(experiment, corpus=Corpus(), data=data, optimiser=optimiser, seeds=Seeds(), perturb=None)
+    written = Corpus(source=MachineQA()) if experiment.corpus.conversations else Corpus()
+    return dataclasses.replace(
+        experiment, corpus=written, data=data, optimiser=optimiser, seeds=Seeds(), perturb=None, parent=None
+    )
 
 
 # --- where and how it runs --------------------------------------------------------------------------------------------
@@ -364,8 +444,9 @@ class Factor(Strict):
 
     @property
     def name(self) -> str:
-        """The short name: the last part of the path."""
-        return self.path.rsplit(".", 1)[-1]
+        """The short name: the last part of the path; of what a parent differs in, that it is the parent's."""
+        *generations, name = self.path.split(".")
+        return "parent_" * generations.count("parent") + name
 
 
 @dataclass(frozen=True)
@@ -522,9 +603,12 @@ def _without_defaults(config: Any) -> Any:
 def fingerprint(config: Any, inputs: dict[str, str] | None = None) -> str:
     """sha256 of the canonical JSON of `config`, defaults left out, together with the hashes of its inputs.
 
-    An experiment's `corpus` stands for nothing but the hashes in `inputs`: where text came from does not decide weights.
+    An experiment's `corpus` stands for nothing but the hashes in `inputs`: where text came from does not decide weights. Nor
+    does its parent's experiment, whose fingerprint is among them.
     """
     fields = _without_defaults(config)
     if isinstance(config, Experiment):
         fields.pop("corpus", None)
+        if config.parent is not None:
+            fields["parent"] = config.parent.step
     return hash_json({"config": fields, "inputs": inputs or {}})

@@ -40,11 +40,13 @@ def held(arms: list[Arm]) -> list[str]:
     others = [arm["id"] for arm in arms if arm["pool"] != base["pool"]]
     alike = len({arm["epochs"] for arm in arms}) == 1  # else it stands in the next sentence
     each = f", each {'once' if base['epochs'] == 1 else str(base['epochs']) + ' times'}" if alike else ""
-    pool = f"{base['windows']:,} windows (sha256 `{base['pool'][:12]}`){each}"
+    held_in = f", {base['examples']:,} conversations with {base['learnt']:,} learnt ids" if "examples" in base else ""
+    pool = f"{base['windows']:,} windows (sha256 `{base['pool'][:12]}`{held_in}){each}"
+    said = _origins(arms)
     if others:
-        said = [f"Not held fixed: the windows. {base['id']} was fed {pool}; {_listed(others)}: other windows."]
+        said += [f"Not held fixed: the windows. {base['id']} was fed {pool}; {_listed(others)}: other windows."]
     else:
-        said = [f"Held fixed: all {len(arms)} arms were fed the same {pool}."]
+        said += [f"Held fixed: all {len(arms)} arms were fed the same {pool}."]
     loose = []
     for name, called in FOLLOWING.items():
         of: dict[int, list[str]] = {}
@@ -58,6 +60,26 @@ def held(arms: list[Arm]) -> list[str]:
     else:
         said.append(f"Held fixed: {', '.join(FOLLOWING.values())}.")
     return said
+
+
+def _origins(arms: list[Arm]) -> list[str]:
+    """What arms begin with that have a parent."""
+    of: dict[str, list[str]] = {}
+    for arm in arms:
+        origin = arm.get("origin")
+        name = "no parent" if origin is None else _checkpoint(origin)
+        of.setdefault(name, []).append(arm["id"])
+    if list(of) == ["no parent"]:
+        return []
+    if len(of) == 1:
+        return [f"Held fixed: all {len(arms)} arms began with {next(iter(of))}."]
+    return [
+        f"Not held fixed: what the arms began with. {'; '.join(f'{_listed(names)}: {name}' for name, names in of.items())}."
+    ]
+
+
+def _checkpoint(origin: dict[str, Any]) -> str:
+    return f"step {origin['step']} of run {origin['fingerprint'][:16]} (weights `{origin['weights'][:12]}`)"
 
 
 def _listed(names: list[str]) -> str:

@@ -11,16 +11,19 @@ import json
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from natfp_jax import config, documents
+from natfp_jax import chat, config, documents
+from natfp_jax.chat import Chat
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.files import canonical_json, manifest, read_remade, verify, write_json
-from natfp_jax.ingest import PROMPTS, VALIDATION, forget, ingest, shard_names, token_dtype, training_sample
+from natfp_jax.ingest import PROMPTS, VALIDATION, Document, Plain, forget, ingest, shard_names, token_dtype, training_sample
 from natfp_jax.lock import alone
+from natfp_jax.packing import Packed
 from natfp_jax.progress import Progress
 from natfp_jax.tokenizer import Tokenizer
 from natfp_jax.windows import Windows, open_ids
@@ -33,11 +36,13 @@ _META, _TOKENIZER, _SEAL = "meta.json", "tokenizer.json", "tokenizer.manifest.js
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The beginning, or another piece, of a prompt document."""
+    """The beginning, or another piece, of a prompt document; or the question of a conversation."""
 
-    id: int  # 64 bits of the sha256 of (document id, offset number): never a position, so that noise keyed by it stays
+    # 64 bits of the sha256 of (document id, offset number), or of a question: never a position, so that noise keyed by it stays
+    id: int
     document: str  # the document's id
     text: str
+    ids: tuple[int, ...] | None = None  # of a question: what a text does not say of its form
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,18 @@ class Store:
         """The number of training ids."""
         return int(self.meta["tokens"]["train"])
 
-    def pool(self, data: config.Data) -> Windows:
+    @cached_property
+    def chat(self) -> Chat | None:
+        """How its conversations are written, if it is of such."""
+        corpus = config.from_json(config.Corpus, self.meta["corpus"])
+        return Chat(self.tokenizer, corpus.template) if corpus.conversations else None
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends a text of a model that is trained on it."""
+        return self.tokenizer.eos_id if self.chat is None else self.chat.end
+
+    def pool(self, data: config.Data) -> Windows | Packed:
         """The windows that are trained on.
 
         Raises:
@@ -70,21 +86,39 @@ class Store:
         """
         return self.windows(data.seq_len, data.windows, data.first)
 
-    def windows(self, seq_len: int, count: int, first: int = 0) -> Windows:
+    def windows(self, seq_len: int, count: int, first: int = 0) -> Windows | Packed:
         """`count` windows of `seq_len` + 1 ids in store order, from the window `first` on.
 
         Raises:
           UserError: the corpus is too small.
         """
-        available = self.tokens // (seq_len + 1)
+        packed = self._packed(seq_len)
+        available = self.tokens // (seq_len + 1) if packed is None else packed.available
         if first + count > available:
             begun, whole = (f" from window {first} on", " in all") if first else ("", "")
+            had, other = _too_long(packed)
             raise UserError(
                 f"the corpus is too small: {count} windows of {seq_len} + 1 tokens{begun} were asked for, it has "
-                f"{available}{whole} ({self.tokens} tokens); ask for fewer or shorter windows, or take a larger corpus"
+                f"{available}{whole} ({self.tokens} tokens{had}); ask for fewer or {other} windows, or take a larger corpus"
             )
-        shards = [open_ids(self.folder / name, self.meta["dtype"]) for name in shard_names(self.meta["corpus"]["shards"])]
-        return Windows(shards, seq_len, count, first)
+        if packed is not None:
+            return packed.part(count, first)
+        return Windows(self._shards(), seq_len, count, first)
+
+    def _shards(self) -> list[np.ndarray]:
+        return [open_ids(self.folder / name, self.meta["dtype"]) for name in shard_names(self.meta["corpus"]["shards"])]
+
+    def _packed(self, seq_len: int) -> Packed | None:
+        """All windows of conversations; looked through once, whoever asks."""
+        if self.chat is None:
+            return None
+        if seq_len not in self._packings:
+            self._packings[seq_len] = Packed(self._shards(), seq_len, self.tokenizer.eos_id)
+        return self._packings[seq_len]
+
+    @cached_property
+    def _packings(self) -> dict[int, Packed]:
+        return {}
 
     def validation_windows(self, seq_len: int, limit: int) -> np.ndarray:
         """The first windows, at most `limit`, of the validation documents: int32 [n, seq_len + 1], n ≥ 1.
@@ -93,12 +127,16 @@ class Store:
           UserError: there is not one.
         """
         ids = open_ids(self.folder / VALIDATION, self.meta["dtype"])
-        count = min(limit, len(ids) // (seq_len + 1))
+        packed = None if self.chat is None else Packed([ids], seq_len, self.tokenizer.eos_id)
+        count = min(limit, len(ids) // (seq_len + 1) if packed is None else packed.available)
         if count < 1:
+            had, other = _too_long(packed)
             raise UserError(
-                f"the corpus is too small: its validation part has {len(ids)} tokens, one window needs {seq_len} + 1; take "
-                f"shorter windows, a larger corpus, or a larger validation_fraction"
+                f"the corpus is too small: its validation part has {len(ids)} tokens{had}, one window needs {seq_len} + 1; "
+                f"take {other} windows, a larger corpus, or a larger validation_fraction"
             )
+        if packed is not None:
+            return packed.rows(np.arange(count))
         return ids[: count * (seq_len + 1)].reshape(count, seq_len + 1).astype(np.int32)
 
     def prompts(self, count: int, chars: int, offsets_per_document: int) -> tuple[Prompt, ...]:
@@ -122,11 +160,40 @@ class Store:
             if len(distinct) >= count:
                 return tuple(distinct.values())[:count]
             if len(first) < kept:
-                raise UserError(
-                    f"the corpus has {len(distinct)} prompts of {chars} characters, {count} were asked for: ask for fewer or "
-                    f"shorter prompts, or take a larger corpus or a larger prompt_fraction"
-                )
+                raise UserError(_too_few(f"{len(distinct)} prompts of {chars} characters", count))
             kept *= 2
+
+    def questions(self, count: int, context: int | None = None) -> tuple[Prompt, ...]:
+        """The first `count` questions of held-out conversations, by their documents, of those that have at most `context` ids.
+
+        Raises:
+          UserError: there are fewer.
+        """
+        written = self.chat
+        assert written is not None  # it is a store of conversations
+        kept = count  # conversations; more where some ask the same, or too much
+        while True:
+            with open(self.folder / PROMPTS, "rb") as lines:
+                first = heapq.nsmallest(kept, map(json.loads, lines), key=lambda document: str(document["id"]))
+            asked = [chat.question(json.loads(document["text"])) for document in first]
+            distinct: dict[str, Prompt] = {}
+            for document, messages, ids in zip(first, asked, written.asked(asked), strict=True):
+                if context is None or len(ids) <= context:
+                    text = written.text(messages)
+                    distinct.setdefault(text, Prompt(_number(text), document["id"], text, tuple(ids)))
+            if len(distinct) >= count:
+                return tuple(distinct.values())[:count]
+            if len(first) < kept:
+                said = "" if context is None else f" of at most {context} tokens"
+                raise UserError(_too_few(f"{len(distinct)} prompts{said}", count))
+            kept *= 2
+
+
+def _too_few(there: str, asked: int) -> str:
+    return (
+        f"the corpus has {there}, {asked} were asked for: ask for fewer or shorter prompts, or take a larger corpus or a "
+        "larger prompt_fraction"
+    )
 
 
 def _pieces(document: dict[str, str], chars: int, most: int) -> list[Prompt]:
@@ -135,9 +202,19 @@ def _pieces(document: dict[str, str], chars: int, most: int) -> list[Prompt]:
     number = min(most, (len(text) - 1) // chars)
     for offset in range(number):
         start = offset * (len(text) // number)
-        digest = hashlib.sha256(f"{document['id']} {offset}".encode()).digest()
-        prompts.append(Prompt(int.from_bytes(digest[:8], "big"), document["id"], text[start : start + chars]))
+        prompts.append(Prompt(_number(f"{document['id']} {offset}"), document["id"], text[start : start + chars]))
     return prompts
+
+
+def _too_long(packed: Packed | None) -> tuple[str, str]:
+    """What has no place in windows, as it is said to the user, and which other windows would hold more."""
+    if packed is None or not packed.left_out:
+        return "", "shorter"
+    return f", {packed.left_out} conversations are longer than a window", "shorter" if packed.available else "longer"
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def prepare(corpus: config.Corpus, root: Path, progress: Progress) -> Store:
@@ -182,14 +259,18 @@ def _write(
             raise Damaged(folder, damage.why) from None
         tokenizer = Tokenizer.load(path)
     else:
-        tokenizer = given or Tokenizer.train(training_sample(texts, corpus, progress), corpus.vocabulary)
+        language = (chat.document, chat.contents) if corpus.conversations else (Document.of, str)
+        tokenizer = given or Tokenizer.train(training_sample(texts, corpus, progress, *language), corpus.vocabulary)
+        if corpus.conversations:
+            _ = Chat(tokenizer, corpus.template).end  # what is wrong with the template is known before anything is written
         tokenizer.save(path)
         write_json(seal, manifest(folder, [_TOKENIZER]))
-    counts = ingest(texts, tokenizer, corpus, folder, progress)
+    form = Chat(tokenizer, corpus.template) if corpus.conversations else Plain(tokenizer)
+    counts = ingest(texts, form, corpus, folder, progress)
     if not counts["train"]:
         raise UserError(f"the corpus is too small: none of its {counts['read']} documents is for training; add documents")
     shards = shard_names(corpus.shards)
-    dtype = token_dtype(tokenizer.size)
+    dtype = "<u4" if corpus.conversations else token_dtype(tokenizer.size)
     store = manifest(folder, (*shards, VALIDATION, PROMPTS, _TOKENIZER))
     tokens = {name: store[name]["bytes"] // np.dtype(dtype).itemsize for name in (*shards, VALIDATION)}
     meta = {

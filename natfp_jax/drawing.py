@@ -114,7 +114,7 @@ def scored(
     """log p of each id of some texts of draws, as the sampler would record it, had it drawn them from another arm.
 
     Args:
-      ids: of each draw its texts of the prompts, [N, W] with EOS behind their ends; W: the tokens that are drawn.
+      ids: of each draw its texts of the prompts, [N, W] with what ends a text behind their ends; W: the tokens that are drawn.
 
     Yields:
       Of one draw after another, in nats: float32 [N, W], zero behind a text's end.
@@ -132,7 +132,7 @@ def _programs(work: Workspace, arm: str, one: Draw) -> Programs:
     """What draws from an arm, or scores under it, as a draw has it."""
     sampling, tokenizer = work.study.sampling, work.store.tokenizer
     model, strategy = work.arms[arm].experiment.model, strategy_of(sampling, one.drawn_at(sampling))
-    sizes = tokenizer.size, tokenizer.padded_size, tokenizer.eos_id, _rows(work)
+    sizes = tokenizer.size, tokenizer.padded_size, work.store.end_id, _rows(work)
     return programs_of(model, strategy, *sizes, work.devices, sampling.cache)
 
 

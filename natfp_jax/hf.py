@@ -35,7 +35,7 @@ _LAYER = {  # of a layer: our path → their name
 }
 
 
-def export(params: Params, model: Model, tokenizer: Tokenizer, context: int, folder: Path) -> None:
+def export(params: Params, model: Model, tokenizer: Tokenizer, context: int, folder: Path, end: int | None = None) -> None:
     """Writes `folder`, whole or not at all: AutoModelForCausalLM and AutoTokenizer of transformers load it.
 
     Their tokenizer gives our ids, and text never becomes EOS. As ours, it puts nothing in front: for what begins a text,
@@ -45,6 +45,7 @@ def export(params: Params, model: Model, tokenizer: Tokenizer, context: int, fol
       params: of `params.table`, whole on this process; written as float32.
       tokenizer: of the ids that the parameters have rows for; padding ids are left out.
       context: the most tokens that the model is for, prompt and all.
+      end: the id at which `generate` stops; None: EOS. A chat template is not written: theirs has other ids at the seams.
       folder: does not exist yet, or is empty.
 
     Raises:
@@ -59,6 +60,7 @@ def export(params: Params, model: Model, tokenizer: Tokenizer, context: int, fol
         from safetensors.numpy import save_file
     except ImportError:
         raise UserError("the export needs an extra: pip install 'natfp-jax[hf]'") from None
+    end = tokenizer.eos_id if end is None else end
     if (rows := params["embedding"].shape[0]) != tokenizer.padded_size:
         raise ValueError(f"the embedding has {rows} rows, the tokenizer {tokenizer.padded_size} ids with padding")
     folder = folder.resolve()  # a link may lead to an empty folder, but no folder takes a link's place
@@ -71,8 +73,8 @@ def export(params: Params, model: Model, tokenizer: Tokenizer, context: int, fol
     try:
         hidden.mkdir(parents=True)
         for name, value in {
-            "config.json": _config(model, tokenizer, context),
-            "generation_config.json": _generation_config(tokenizer),
+            "config.json": _config(model, tokenizer, context, end),
+            "generation_config.json": _generation_config(tokenizer, end),
             "tokenizer.json": _tokenizer_file(tokenizer),
             "tokenizer_config.json": _tokenizer_config(context),
         }.items():
@@ -105,7 +107,7 @@ def _tensors(params: Params, vocabulary: int) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(value) for name, value in found.items()}
 
 
-def _config(model: Model, tokenizer: Tokenizer, context: int) -> dict[str, Any]:
+def _config(model: Model, tokenizer: Tokenizer, context: int, end: int) -> dict[str, Any]:
     size = dims(model, tokenizer.size)
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -125,16 +127,16 @@ def _config(model: Model, tokenizer: Tokenizer, context: int) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": tokenizer.eos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": end,
         "torch_dtype": "float32",  # the name that every version reads
     }
 
 
-def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+def _generation_config(tokenizer: Tokenizer, end: int) -> dict[str, Any]:
     eos = tokenizer.eos_id
     # Without `top_k` they would take the 50 most likely ids alone.
     drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    return {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos, **drawn}
+    return {"bos_token_id": eos, "eos_token_id": end, "pad_token_id": eos, **drawn}
 
 
 def _tokenizer_file(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol
@@ -27,7 +27,9 @@ __all__ = [
     "PROMPTS",
     "VALIDATION",
     "Document",
+    "Form",
     "Part",
+    "Plain",
     "Texts",
     "forget",
     "ingest",
@@ -56,20 +58,22 @@ class Document(NamedTuple):
 
     text: str
     digest: bytes  # 128 bits of the sha256 of its UTF-8
+    side: bytes  # 128 bits that decide its side of the split
 
     @classmethod
     def of(cls, text: str) -> "Document":
         """The document with this text."""
-        return cls(text, hashlib.sha256(text.encode()).digest()[:16])
+        digest = hashlib.sha256(text.encode()).digest()[:16]
+        return cls(text, digest, digest)
 
     @property
     def id(self) -> str:
-        """The digest in hexadecimal."""
-        return self.digest.hex()
+        """What documents that must not be separated have in common, in hexadecimal."""
+        return self.side.hex()
 
     def part(self, corpus: Corpus) -> Part:
         """Its side of the split. Hashed once more, so that it is independent of the shard."""
-        draw = int.from_bytes(hashlib.sha256(b"part" + self.digest).digest()[:8], "big") / 2**64
+        draw = int.from_bytes(hashlib.sha256(b"part" + self.side).digest()[:8], "big") / 2**64
         if draw < corpus.validation_fraction:
             return "validation"
         return "prompt" if draw < corpus.validation_fraction + corpus.prompt_fraction else "train"
@@ -77,6 +81,32 @@ class Document(NamedTuple):
     def shard(self, shards: int) -> int:
         """The shard that holds it if it is for training."""
         return int.from_bytes(self.digest, "big") % shards
+
+
+class Form(Protocol):
+    """How documents are written as ids."""
+
+    def document(self, text: str, /) -> Document:
+        """The document with this text."""
+
+    def encode(self, texts: Sequence[str], /) -> list[np.ndarray]:
+        """What stands in the store of each: ids on disk, with what ends a document."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Text as it is, and EOS behind it."""
+
+    tokenizer: Tokenizer
+
+    def document(self, text: str) -> Document:
+        """The document with this text."""
+        return Document.of(text)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text."""
+        dtype, eos = token_dtype(self.tokenizer.size), self.tokenizer.eos_id
+        return [np.array([*ids, eos], dtype) for ids in self.tokenizer.encode_batch(texts)]
 
 
 def shard_names(shards: int) -> list[str]:
@@ -89,23 +119,35 @@ def token_dtype(vocabulary: int) -> Literal["<u2", "<u4"]:
     return "<u2" if vocabulary <= 1 << 16 else "<u4"
 
 
-def training_sample(documents: Texts, corpus: Corpus, progress: Progress) -> Iterator[str]:
-    """The training documents from the start of the source on, without repetition, up to `tokenizer_bytes` of UTF-8."""
+def training_sample(
+    documents: Texts,
+    corpus: Corpus,
+    progress: Progress,
+    read: Callable[[str], Document] = Document.of,
+    said: Callable[[str], str] = str,
+) -> Iterator[str]:
+    """The training documents from the start of the source on, without repetition, up to `tokenizer_bytes` of UTF-8.
+
+    Args:
+      read: the document with a text.
+      said: what of a text is language.
+    """
     seen: set[bytes] = set()
     size = 0
     with progress.task("training the tokenizer", None, "documents") as advance:
         for index in range(len(documents)):
-            document = Document.of(documents[index])
-            if document.text and document.digest not in seen and document.part(corpus) == "train":
+            text = documents[index]
+            if text and (document := read(text)).digest not in seen and document.part(corpus) == "train":
                 seen.add(document.digest)
-                size += len(document.text.encode())
+                language = said(text)
+                size += len(language.encode())
                 if size > corpus.tokenizer_bytes and len(seen) > 1:
                     return
-                yield document.text
+                yield language
                 advance(1)
 
 
-def ingest(documents: Texts, tokenizer: Tokenizer, corpus: Corpus, folder: Path, progress: Progress) -> dict[str, int]:
+def ingest(documents: Texts, form: Form, corpus: Corpus, folder: Path, progress: Progress) -> dict[str, int]:
     """Writes the shards, `VALIDATION` and `PROMPTS` into `folder`, from where an earlier pass stopped.
 
     Returns the number of documents `read`, `empty`, `duplicate`, `train`, `validation` and `prompt`. `forget` ends it.
@@ -124,9 +166,9 @@ def ingest(documents: Texts, tokenizer: Tokenizer, corpus: Corpus, folder: Path,
         files = {name: stack.enter_context(_resumed(folder / name, counts[name])) for name in names}
         with progress.task("tokenising", len(documents), "documents") as advance:
             advance(counts["read"])
-            for batch in _batches(documents, counts["read"]):
+            for batch in _batches(documents, form, counts["read"]):
                 database.execute("BEGIN IMMEDIATE")
-                for name, data in _encoded(batch, tokenizer, corpus, database, counts, seals):
+                for name, data in _encoded(batch, form, corpus, database, counts, seals):
                     counts[name] += files[name].write(data)
                     seals.files[name].update(data)
                 for file in files.values():  # before the commit: it must not count what a power cut takes away
@@ -196,11 +238,12 @@ def _resumed(path: Path, committed: int) -> IO[bytes]:
     return file
 
 
-def _batches(documents: Texts, start: int) -> Iterator[list[Document]]:
+def _batches(documents: Texts, form: Form, start: int) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
     for index in range(start, len(documents)):
-        batch.append(Document.of(documents[index]))
+        text = documents[index]
+        batch.append(form.document(text) if text else Document.of(text))
         size += len(batch[-1].text)
         if len(batch) >= _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
             yield batch
@@ -211,7 +254,7 @@ def _batches(documents: Texts, start: int) -> Iterator[list[Document]]:
 
 def _encoded(
     batch: list[Document],
-    tokenizer: Tokenizer,
+    form: Form,
     corpus: Corpus,
     database: sqlite3.Connection,
     counts: Counter[str],
@@ -219,7 +262,6 @@ def _encoded(
 ) -> Iterator[tuple[str, bytes]]:
     """The (file, bytes) to append for a batch; counts its documents."""
     names = shard_names(corpus.shards)
-    dtype = token_dtype(tokenizer.size)
     texts: list[tuple[str, str]] = []
     counts["read"] += len(batch)
     for document in batch:
@@ -237,5 +279,5 @@ def _encoded(
             yield PROMPTS, line.encode() + b"\n"
         else:
             texts.append((VALIDATION if part == "validation" else names[document.shard(corpus.shards)], document.text))
-    for (name, _), ids in zip(texts, tokenizer.encode_batch([text for _, text in texts]), strict=True):
-        yield name, np.array([*ids, tokenizer.eos_id], dtype).tobytes()
+    for (name, _), ids in zip(texts, form.encode([text for _, text in texts]), strict=True):
+        yield name, ids.tobytes()

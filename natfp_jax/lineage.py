@@ -47,7 +47,7 @@ class Identity:
     """What an experiment is once its corpus is known: the hashes that decide the weights, and the fingerprint over all."""
 
     fingerprint: str
-    inputs: dict[str, str]  # the sha256 of "corpus", "tokenizer", "pool"; the "recipe" of the code
+    inputs: dict[str, str]  # the sha256 of "corpus", "tokenizer", "pool"; the "recipe" of the code; of a child its "parent"
 
     @property
     def short(self) -> str:
@@ -55,9 +55,10 @@ class Identity:
         return self.fingerprint[:16]
 
 
-def identity(experiment: Experiment, corpus: str, tokenizer: str, pool: str) -> Identity:
-    """The identity of `experiment` on a corpus, tokenizer and pool with these sha256."""
+def identity(experiment: Experiment, corpus: str, tokenizer: str, pool: str, parent: str | None = None) -> Identity:
+    """The identity of `experiment` on a corpus, tokenizer and pool with these sha256, and of a parent with this fingerprint."""
     inputs = {"corpus": corpus, "tokenizer": tokenizer, "pool": pool, "recipe": str(RECIPE)}
+    inputs |= {} if parent is None else {"parent": parent}
     return Identity(config.fingerprint(experiment, inputs), inputs)
 
 

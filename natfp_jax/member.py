@@ -17,12 +17,31 @@ from natfp_jax.corpus import Store
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import Identity, code, weight_hash
 from natfp_jax.order import Order, order_hash
+from natfp_jax.packing import LEARNT
 from natfp_jax.program import State
 from natfp_jax.runs import MetricsLog, RunFolder
 
-__all__ = ["Member", "Underway", "validation_batches"]
+__all__ = ["Member", "Origin", "Underway", "validation_batches"]
 
 SKIPS = 10  # steps left out one after another before a run that skips them is given up
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that an arm begins with: of another run, its parent."""
+
+    experiment: Experiment
+    run: RunFolder
+    step: int
+
+    def record(self) -> dict[str, Any]:
+        """What is recorded of it: whose it is, its step, and the hash of its weights.
+
+        Raises:
+          Damaged: its own record is not what was written.
+        """
+        found = self.run.record(self.step)
+        return {name: found[name] for name in ("fingerprint", "step", "weights")}
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,7 @@ class Member:
     identity: Identity
     store: Store
     run: RunFolder
+    origin: Origin | None = None  # None: it begins with the init seed
 
 
 class Underway:
@@ -44,6 +64,8 @@ class Underway:
         experiment, data = member.experiment, member.experiment.data
         self.pool = member.store.pool(data)
         self.validation = validation_batches(member.store, experiment, settings)
+        # What a batch counts for in their mean: of conversations, what there is of it to be learnt.
+        self.learnt = [float((batch & LEARNT != 0).sum()) if member.store.chat else 1.0 for batch in self.validation]
         self.order = Order(data.windows, data.batch, experiment.seeds.order)
         self.numbers = optim.hyperparameters(experiment.optimiser, experiment.steps)
         rate = optim.schedule(self.numbers, experiment.optimiser.schedule, experiment.steps)
@@ -60,10 +82,14 @@ class Underway:
         self.fed: str = self.member.identity.inputs["pool"]
         self.init_hash: str | None = None
         self.parent: dict[str, Any] | None = None
+        self.origin: dict[str, Any] | None = None
         self.early: dict[str, str] = {}
         self.before: list[dict[str, Any]] = []
         self.skipped: list[int] = []
+        if record is None and self.member.origin is not None:
+            self.origin = processes.led(self.member.origin.record)
         if record is not None:
+            self.origin = record.get("origin")
             self.fed, self.init_hash, self.parent = record["order_hash"], record["init_hash"], record["parent"]
             if "weights" in record:
                 self.parent = {"step": record["step"], "weights": record["weights"]}
@@ -88,6 +114,7 @@ class Underway:
             "early": dict(self.early),
             "skipped": list(self.skipped),
             "parent": self.parent,
+            **({} if self.origin is None else {"origin": self.origin}),
             "numerics": self.numerics,
             "before": list(self.before),  # the numerics records of earlier stretches of training, and where each ended
             "code": code(),

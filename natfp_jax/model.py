@@ -13,13 +13,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from natfp_jax import lora, rng
 from natfp_jax.attention import causal, masked, rotate
-from natfp_jax.config import Model
+from natfp_jax.config import Lora, Model
 from natfp_jax.embedding import look_up
 from natfp_jax.mesh import constrain
 from natfp_jax.params import Params, dims
 
-__all__ = ["Cache", "Decoder", "Slots", "both_ways", "decode", "empty_cache", "head", "hidden", "logits", "unrolled"]
+__all__ = [
+    "Cache",
+    "Decoder",
+    "Learning",
+    "Slots",
+    "both_ways",
+    "decode",
+    "empty_cache",
+    "head",
+    "hidden",
+    "logits",
+    "unrolled",
+]
 
 
 Remat = Literal["none", "dots", "full"]
@@ -53,8 +66,56 @@ class _Place(NamedTuple):
     slot: jax.Array | int
 
 
+class Learning(NamedTuple):
+    """How the decoder is computed while it learns; the default is as it is used."""
+
+    adapters: Lora | None = None
+    dropout: float = 0.0  # of what attention and MLP add to their input (Vaswani et al., 2017, section 5.4)
+
+
+_USED = Learning()
+
+
 def _weight(module: nn.Module, name: str, *shape: int, dtype: Any) -> jax.Array:
     return module.param(name, nn.initializers.zeros_init(), shape, jnp.float32).astype(dtype)
+
+
+def _product(module: "_Attention | _MLP", name: str, x: jax.Array, inputs: str, outputs: str) -> jax.Array:
+    """[B, T, inputs] → [B, T, outputs] by the matrix of a name, and what adapts it."""
+    size = dims(module.model, 0)
+    shape = [size[letter.upper()] for letter in inputs + outputs]
+    w = _weight(module, name, *shape, dtype=x.dtype)
+    return _adapted(module, name, jnp.einsum(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, w), x, inputs, outputs)
+
+
+def _is_adapted(module: "_Attention | _MLP", name: str) -> bool:
+    adapters = module.learning.adapters
+    return adapters is not None and name in adapters.targets
+
+
+def _adapted(module: "_Attention | _MLP", name: str, y: jax.Array, x: jax.Array, inputs: str, outputs: str) -> jax.Array:
+    """The product `y` of `x` and a matrix, and by its adapters, where it has any."""
+    adapters = module.learning.adapters
+    if adapters is None or not _is_adapted(module, name):
+        return y
+    size = {**dims(module.model, 0), "R": adapters.rank}
+    a, b = (
+        _weight(module, name + part, *(size[letter.upper()] for letter in letters), dtype=x.dtype)
+        for part, letters in ((lora.A, f"{inputs}r"), (lora.B, f"r{outputs}"))
+    )
+    low = jnp.einsum(f"bt{inputs},{inputs}r->btr", x, a)
+    return y + adapters.alpha / adapters.rank * jnp.einsum(f"btr,r{outputs}->bt{outputs}", low, b)
+
+
+def _dropped(x_BTD: jax.Array, rate: float, words_B2: jax.Array | None, place: int) -> jax.Array:
+    """What is left of `x_BTD`, made up for; a row's noise depends on its own key alone. Without noise, all of it."""
+    if words_B2 is None:
+        return x_BTD
+
+    def kept(words_2: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(rng.fold(rng.unpacked(words_2), place), 1 - rate, x_BTD.shape[1:])
+
+    return jnp.where(jax.vmap(kept)(words_B2), x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
 def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
@@ -67,20 +128,22 @@ def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array
 class _Attention(nn.Module):
     model: Model
     devices: Devices | None
+    learning: Learning
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, cache: Slots | None, place: _Place | None) -> tuple[jax.Array, Slots | None]:
-        size, dtype = dims(self.model, 0), x_BTD.dtype
-        D, N, K, H = (size[letter] for letter in "DNKH")
-        x_BTD = _rms_norm(x_BTD, _weight(self, "norm", D, dtype=jnp.float32), self.model.norm_epsilon)
-        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, _weight(self, "q", D, N, H, dtype=dtype))
-        k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, _weight(self, "k", D, K, H, dtype=dtype))
-        v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, _weight(self, "v", D, K, H, dtype=dtype))
+    def __call__(
+        self, x_BTD: jax.Array, cache: Slots | None, place: _Place | None, begin_BT: jax.Array | None
+    ) -> tuple[jax.Array, Slots | None]:
+        norm_D = _weight(self, "norm", self.model.width, dtype=jnp.float32)
+        x_BTD = _rms_norm(x_BTD, norm_D, self.model.norm_epsilon)
+        q_BTNH = _product(self, "q", x_BTD, "d", "nh")
+        k_BTKH = _product(self, "k", x_BTD, "d", "kh")
+        v_BTKH = _product(self, "v", x_BTD, "d", "kh")
         q_BTNH = constrain(q_BTNH, "BTNH", self.devices)
         k_BTKH, v_BTKH = constrain(k_BTKH, "BTKH", self.devices), constrain(v_BTKH, "BTKH", self.devices)
         theta = self.model.rope_theta
         if cache is None:
-            out_BTNH = causal(q_BTNH, k_BTKH, v_BTKH, theta, self.devices)
+            out_BTNH = causal(q_BTNH, k_BTKH, v_BTKH, theta, self.devices, begin_BT)
         else:
             assert place is not None  # there are slots
             q_BTNH, k_BTKH = rotate(q_BTNH, place.position_BT, theta), rotate(k_BTKH, place.position_BT, theta)
@@ -88,7 +151,7 @@ class _Attention(nn.Module):
             start = (0, 0, place.slot, 0)
             cache = Slots(*(jax.lax.dynamic_update_slice(old, some, start) for old, some in zip(cache, new, strict=True)))
             out_BTNH = masked(q_BTNH, *cache, place.mask_BTS)
-        return jnp.einsum("btnh,nhd->btd", out_BTNH, _weight(self, "o", N, H, D, dtype=dtype)), cache
+        return _product(self, "o", out_BTNH, "nh", "d"), cache
 
 
 @jax.custom_vjp
@@ -119,31 +182,41 @@ _gated.defvjp(_gated_forward, _gated_backward)
 class _MLP(nn.Module):
     model: Model
     devices: Devices | None
+    learning: Learning
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         size, dtype = dims(self.model, 0), x_BTD.dtype
-        D, F = size["D"], size["F"]
-        x_BTD = _rms_norm(x_BTD, _weight(self, "norm", D, dtype=jnp.float32), self.model.norm_epsilon)
-        down_FD = _weight(self, "down", F, D, dtype=dtype)
-        up_BTF = jnp.einsum("btd,df->btf", x_BTD, _weight(self, "up", D, F, dtype=dtype))
-        up_BTF = constrain(up_BTF, "BTF", self.devices)
+        x_BTD = _rms_norm(x_BTD, _weight(self, "norm", size["D"], dtype=jnp.float32), self.model.norm_epsilon)
+        up_BTF = constrain(_product(self, "up", x_BTD, "d", "f"), "BTF", self.devices)
         if self.model.mlp == "gelu":
-            return jnp.einsum("btf,fd->btd", nn.gelu(up_BTF), down_FD)
-        gate_BTF = jnp.einsum("btd,df->btf", x_BTD, _weight(self, "gate", D, F, dtype=dtype))
-        return _gated(constrain(gate_BTF, "BTF", self.devices), up_BTF, down_FD)
+            return _product(self, "down", nn.gelu(up_BTF), "f", "d")
+        gate_BTF = constrain(_product(self, "gate", x_BTD, "d", "f"), "BTF", self.devices)
+        out_BTD = _gated(gate_BTF, up_BTF, _weight(self, "down", size["F"], size["D"], dtype=dtype))
+        if not _is_adapted(self, "down"):  # else what only adapters read would stand in every program
+            return out_BTD
+        return _adapted(self, "down", out_BTD, nn.silu(gate_BTF) * up_BTF, "f", "d")
 
 
 class _Block(nn.Module):
     model: Model
     devices: Devices | None
+    learning: Learning = _USED
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, cache: Slots | None, place: _Place | None) -> tuple[jax.Array, Slots | None]:
-        attended_BTD, cache = _Attention(self.model, self.devices, name="attention")(x_BTD, cache, place)
-        x_BTD += attended_BTD
-        x_BTD += _MLP(self.model, self.devices, name="mlp")(x_BTD)
-        return constrain(x_BTD, "BTD", self.devices), cache
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        cache: Slots | None,
+        place: _Place | None,
+        begin_BT: jax.Array | None = None,
+        noise_B2: jax.Array | None = None,
+    ) -> tuple[jax.Array, Slots | None]:
+        kept, model, devices = self.learning, self.model, self.devices
+        attended_BTD, cache = _Attention(model, devices, kept, name="attention")(x_BTD, cache, place, begin_BT)
+        x_BTD += _dropped(attended_BTD, kept.dropout, noise_B2, 0)
+        x_BTD += _dropped(_MLP(model, devices, kept, name="mlp")(x_BTD), kept.dropout, noise_B2, 1)
+        return constrain(x_BTD, "BTD", devices), cache
 
 
 class Decoder(nn.Module):
@@ -156,6 +229,7 @@ class Decoder(nn.Module):
     vocabulary: int
     devices: Devices | None = None
     remat: Remat = "none"
+    learning: Learning = _USED
 
     def setup(self) -> None:
         """Declares the parameters that are not in a layer, and the scan over layers."""
@@ -167,21 +241,25 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": False},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0 if self.learning.dropout else nn.broadcast),
             length=self.model.layers,
             # Where memory is dear, the loop: without it XLA on CPU keeps what it sees computed twice.
             unroll=min(self.model.layers, _UNROLLED) if jax.default_backend() == "cpu" and self.remat == "none" else 1,
-        )(self.model, self.devices)
+        )(self.model, self.devices, self.learning)
         self.norm = self.param("norm", zeros, (width,), jnp.float32)
         if not self.model.tied:
             self.head = self.param("head", zeros, (width, self.vocabulary), jnp.float32)
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, begin_BT: jax.Array | None = None, noise_B2: jax.Array | None = None) -> jax.Array:
         """The normed state after the last layer, `x_BTD`."""
         # Every device looks up in the whole table: its partition by ids cannot be split further beside a `replica` axis.
         table_VD = constrain(self.embedding, "..", self.devices)
         x_BTD = constrain(look_up(table_VD, tokens_BT, jnp.dtype(self.model.dtype)), "BTD", self.devices)
-        x_BTD, _ = self.layers(x_BTD, None, None)
+        noise_LB2 = None
+        if noise_B2 is not None:
+            layer_L, key_B = jnp.arange(self.model.layers), rng.unpacked(noise_B2)
+            noise_LB2 = rng.packed(jax.vmap(lambda layer: jax.vmap(lambda key: rng.below(key, layer))(key_B))(layer_L))
+        x_BTD, _ = self.layers(x_BTD, None, None, begin_BT, noise_LB2)
         return _rms_norm(x_BTD, self.norm, self.model.norm_epsilon)
 
 
@@ -189,15 +267,27 @@ class Decoder(nn.Module):
 
 
 def hidden(
-    model: Model, params: Params, tokens_BT: jax.Array, devices: Devices | None = None, remat: Remat = "none"
+    model: Model,
+    params: Params,
+    tokens_BT: jax.Array,
+    devices: Devices | None = None,
+    remat: Remat = "none",
+    learning: Learning = _USED,
+    begin_BT: jax.Array | None = None,
+    noise_B2: jax.Array | None = None,
 ) -> jax.Array:
     """The states `x_BTD` that predict the next token, under causal attention.
 
     Args:
+      params: with the adapters that `learning` names.
       devices: where given, how activations lie is not left to the compiler.
       remat: what the backward pass computes again instead of keeping it; "dots": all but products of matrices.
+      begin_BT: where rows hold several examples, the place at which each token's own begins; it attends to nothing before.
+      noise_B2: the key of each row's dropout, packed; for a rate above 0, and without it nothing is dropped.
     """
-    out: Any = Decoder(model, params["embedding"].shape[0], devices, remat).apply({"params": params}, tokens_BT)
+    learning = learning if noise_B2 is not None else learning._replace(dropout=0.0)
+    decoder = Decoder(model, params["embedding"].shape[0], devices, remat, learning)
+    out: Any = decoder.apply({"params": params}, tokens_BT, begin_BT, noise_B2)
     x_BTD: jax.Array = out
     return x_BTD
 

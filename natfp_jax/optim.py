@@ -102,8 +102,8 @@ def _is_matrix(spec: Spec) -> bool:
 
 
 def _sides(spec: Spec) -> MuonDimensionNumbers:
-    """The axes of the input and of the output of each layer's matrix: one of the two is the width, and all heads the other."""
-    cut, end = 2 if spec.dims[1] == "D" else len(spec.dims) - 1, len(spec.dims)
+    """The axes of the input and of the output of each layer's matrix: one is the width or a rank, the other all heads, say."""
+    cut, end = 2 if spec.dims[1] in "DR" else len(spec.dims) - 1, len(spec.dims)
     return MuonDimensionNumbers(tuple(range(1, cut)), tuple(range(cut, end)))
 
 

@@ -38,7 +38,7 @@ class Pace:
         self._say, self._devices, self._clock = say, devices, clock
         self._of = "1 arm" if replicas == 1 else f"{replicas} arms"
         self._tokens = replicas * data.batch * data.seq_len  # of one step
-        self._flops = flops.per_token(experiment.model, vocabulary, data.seq_len)
+        self._flops = flops.per_token(experiment.model, vocabulary, data.seq_len, experiment.lora)
         self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:

@@ -18,7 +18,20 @@ from natfp_jax import rng
 from natfp_jax.config import Model, Perturb
 from natfp_jax.errors import UserError
 
-__all__ = ["Params", "Spec", "abstract", "check_perturb", "count", "dims", "flatten", "init", "nest", "table"]
+__all__ = [
+    "Params",
+    "Spec",
+    "abstract",
+    "check_perturb",
+    "count",
+    "dims",
+    "flatten",
+    "init",
+    "laid",
+    "nest",
+    "perturbed",
+    "table",
+]
 
 Params = dict[str, Any]
 
@@ -151,15 +164,20 @@ def init(specs: dict[str, Spec], seed: int, shardings: Params | None = None, per
         layers = range(spec.shape[0])
         return np.stack([scale * np.asarray(_normal(jax.random.fold_in(key, layer), spec.shape[1:])) for layer in layers])
 
-    def laid(path: str, spec: Spec) -> jax.Array:
+    def whole(path: str, spec: Spec) -> jax.Array:
         host = leaf(path, spec)
         if perturb is not None and perturb.parameter == path:
-            host = _perturbed(host, perturb)
+            host = perturbed(host, perturb)
         if shardings is None:
             return jnp.asarray(host)
-        return jax.make_array_from_callback(spec.shape, flatten(shardings)[path], lambda index: host[index])
+        return laid(host, flatten(shardings)[path])
 
-    return nest({path: laid(path, spec) for path, spec in specs.items()})
+    return nest({path: whole(path, spec) for path, spec in specs.items()})
+
+
+def laid(host: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has whole, laid over a mesh."""
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def check_perturb(shapes: dict[str, tuple[int, ...]], perturb: Perturb) -> None:
@@ -171,7 +189,8 @@ def check_perturb(shapes: dict[str, tuple[int, ...]], perturb: Perturb) -> None:
         raise UserError(f"perturb.index {perturb.index} is outside {perturb.parameter}, which has {size} values")
 
 
-def _perturbed(host: np.ndarray, perturb: Perturb) -> np.ndarray:
+def perturbed(host: np.ndarray, perturb: Perturb) -> np.ndarray:
+    """The parameter that `perturb` names, with one value moved by so many units in the last place."""
     host = host.copy()
     weight = host.reshape(-1)[perturb.index]
     for _ in range(abs(perturb.ulps)):

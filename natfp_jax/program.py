@@ -21,16 +21,16 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from natfp_jax import mesh, optim, params
+from natfp_jax import lora, mesh, optim, packing, params, rng
 from natfp_jax.checkpoint import with_shardings
 from natfp_jax.config import Experiment, Optimiser, Run, shape
 from natfp_jax.corpus import Store
 from natfp_jax.loss import blocked_cross_entropy
-from natfp_jax.model import Remat, head, hidden
+from natfp_jax.model import Learning, Remat, head, hidden
 from natfp_jax.optim import Hyperparameters
 from natfp_jax.params import Params
 
-__all__ = ["Program", "State", "execution_of", "one_each", "program_of"]
+__all__ = ["Program", "State", "begins", "execution_of", "learnt", "one_each", "program_of"]
 
 Execution = Literal["strict", "fast"]
 
@@ -63,19 +63,21 @@ class Program:
     ) -> None:
         self.replicas, self.shape, self.devices, self.execution = replicas, shape, devices, execution
         self._vocabulary, self._microbatches, self._remat = vocabulary, microbatches, remat
-        self._specs = params.table(shape.model, padded)
+        self._specs = lora.table(shape.model, padded, shape.lora)
+        self._trained = lora.adapters(shape.model, padded, shape.lora) if shape.lora else self._specs
         by_table, one = mesh.param_shardings(devices, self._specs), mesh.replicated(devices)
         alone = params.abstract(self._specs)
         # Which numbers an optimiser has does not change what it keeps.
         tx = self._optimiser(optim.hyperparameters(Optimiser(), 1))
         self._start = tx.init
-        shapes = State(alone, jax.eval_shape(tx.init, alone))
+        trained, _ = lora.split(alone, shape.lora)
+        shapes = State(alone, jax.eval_shape(tx.init, trained))
         optimiser = optax.tree_map_params(
             tx,
             # Where each of several transformations has some of the parameters, the others are nodes without a leaf.
             lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
             shapes.optimiser,
-            by_table,
+            lora.split(by_table, shape.lora)[0],
             transform_non_params=lambda _: one,
             is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
@@ -111,11 +113,12 @@ class Program:
             return saved
         return self.stack([partial(self.take, saved, place) for place in places])
 
-    def init(self, seed: int, perturb: Any = None) -> State:
-        """One arm at step 0."""
+    def init(self, seed: int, perturb: Any = None, parent: Callable[[], Params] | None = None) -> State:
+        """One arm at step 0: all from the init seed, or a parent's weights, and from the seed what adapts them."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.one)
-        tree = params.init(self._specs, seed, shardings.params, perturb)
-        return State(tree, jax.jit(self._start, out_shardings=shardings.optimiser)(tree))
+        tree = lora.begun(self._specs, seed, shardings.params, perturb, None if parent is None else parent())
+        trained, _ = lora.split(tree, self.shape.lora)
+        return State(tree, jax.jit(self._start, out_shardings=shardings.optimiser)(trained))
 
     def stack(self, arms: Sequence[Callable[[], State]]) -> State:
         """The state of a cohort of these arms, made one after another; the last one fills the places that are left."""
@@ -155,34 +158,66 @@ class Program:
     def _optimiser(self, numbers: Hyperparameters) -> optax.GradientTransformation:
         settings = self.shape.optimiser
         rate = optim.schedule(numbers, settings.schedule, self.shape.steps)
-        return optim.optimiser(numbers, settings.kind, rate, self._specs)
+        return optim.optimiser(numbers, settings.kind, rate, self._trained)
 
-    def _loss(self, tree: Params, windows_BT: jax.Array) -> jax.Array:
+    def _loss(self, tree: Params, windows_BT: jax.Array, noise_B2: jax.Array | None = None) -> jax.Array:
+        """The mean over what is learnt: all tokens of text, the answers of conversations."""
         # Inside of `shard_map` the mesh is that of the axes which are left to the compiler.
         devices = jax.sharding.get_abstract_mesh() if self.devices.shape["replica"] > 1 else self.devices
-        x_BTD = hidden(self.shape.model, tree, windows_BT[:, :-1], devices, self._remat)
-        return blocked_cross_entropy(x_BTD, head(tree), windows_BT[:, 1:], self._vocabulary)
+        begin_BT = learnt_BT = None
+        if self.shape.corpus.conversations:
+            begin_BT, learnt_BT = begins(windows_BT[:, :-1]), learnt(windows_BT)
+            windows_BT = windows_BT & packing.IDS
+        learning = Learning(self.shape.lora, self.shape.dropout)
+        x_BTD = hidden(
+            self.shape.model, tree, windows_BT[:, :-1], devices, self._remat, learning, begin_BT=begin_BT, noise_B2=noise_B2
+        )
+        return blocked_cross_entropy(x_BTD, head(tree), windows_BT[:, 1:], self._vocabulary, learnt_BT)
 
-    def _gradients(self, tree: Params, windows_BT: jax.Array) -> tuple[jax.Array, Params]:
+    def _gradients(self, tree: Params, windows_BT: jax.Array, noise_B2: jax.Array | None) -> tuple[jax.Array, Params]:
+        """The loss, and its gradient by what is trained."""
+        trained, still = lora.split(tree, self.shape.lora)
+
+        def loss(trained: Params, windows_BT: jax.Array, noise_B2: jax.Array | None) -> jax.Array:
+            return self._loss(lora.joined(trained, still), windows_BT, noise_B2)
+
         if self._microbatches == 1:
-            return jax.value_and_grad(self._loss)(tree, windows_BT)
-        # Part i has the rows i, i + parts, ...: each device keeps its rows.
-        parts = jnp.moveaxis(windows_BT.reshape(-1, self._microbatches, windows_BT.shape[1]), 1, 0)
-        start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, tree))
+            return jax.value_and_grad(loss)(trained, windows_BT, noise_B2)
 
-        def add(total: tuple[jax.Array, Params], part: jax.Array) -> tuple[tuple[jax.Array, Params], None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(self._loss)(tree, part)), None
+        # Part i has the rows i, i + parts, ...: each device keeps its rows.
+        def cut(rows: jax.Array) -> jax.Array:
+            return jnp.moveaxis(rows.reshape(-1, self._microbatches, rows.shape[1]), 1, 0)
+
+        parts = cut(windows_BT), None if noise_B2 is None else cut(noise_B2)
+        start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+        everything = learnt(windows_BT).sum() if self.shape.corpus.conversations else None
+
+        def add(
+            total: tuple[jax.Array, Params], part: tuple[jax.Array, jax.Array | None]
+        ) -> tuple[tuple[jax.Array, Params], None]:
+            found = jax.value_and_grad(loss)(trained, *part)
+            if everything is not None:  # parts have more and less to learn
+                share = self._microbatches * learnt(part[0]).sum() / everything
+                found = jax.tree.map(lambda leaf: leaf * share, found)
+            return jax.tree.map(jnp.add, total, found), None
 
         total, _ = jax.lax.scan(add, start, parts)
         summed: tuple[jax.Array, Params] = jax.tree.map(lambda leaf: leaf / self._microbatches, total)
         return summed
 
-    def _next(self, state: State, numbers: Hyperparameters, windows_BT: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def _next(
+        self, state: State, numbers: Hyperparameters, windows_BT: jax.Array, noise_2: jax.Array | None
+    ) -> tuple[State, dict[str, jax.Array]]:
         """One step of one replica."""
         tx = self._optimiser(numbers)
-        value, gradient = self._gradients(state.params, windows_BT)
-        updates, opt_state = tx.update(gradient, state.optimiser, state.params)
-        new = State(optax.apply_updates(state.params, updates), opt_state)
+        noise_B2 = None
+        if noise_2 is not None:
+            key = rng.below(rng.stream(noise_2[0], "dropout"), noise_2[1])
+            noise_B2 = rng.packed(jax.vmap(lambda row: rng.below(key, row))(jnp.arange(len(windows_BT))))
+        value, gradient = self._gradients(state.params, windows_BT, noise_B2)
+        trained, still = lora.split(state.params, self.shape.lora)
+        updates, opt_state = tx.update(gradient, state.optimiser, trained)
+        new = State(lora.joined(optax.apply_updates(trained, updates), still), opt_state)
         norm = optax.global_norm(gradient)
         if self.shape.optimiser.nonfinite == "skip":
             good = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -238,9 +273,14 @@ class Program:
         each, leading = self._each(self._next), NamedSharding(self.devices, PartitionSpec("replica"))
 
         def step(
-            count: jax.Array, state: State, numbers: Hyperparameters, windows_KBT: jax.Array, asked_N: jax.Array
+            count: jax.Array,
+            state: State,
+            numbers: Hyperparameters,
+            windows_KBT: jax.Array,
+            noise_K2: jax.Array | None,
+            asked_N: jax.Array,
         ) -> tuple[State, dict[str, jax.Array]]:
-            new, metrics = each(count, state, numbers, windows_KBT)
+            new, metrics = each(count, state, numbers, windows_KBT, noise_K2)
             return new, {**metrics, "asked": asked_N.max()}
 
         K, data, one = self.replicas, self.shape.data, mesh.replicated(self.devices)
@@ -256,19 +296,32 @@ class Program:
                 self.state,
                 Hyperparameters(*[row_K] * len(Hyperparameters._fields)),
                 jax.ShapeDtypeStruct((K, data.batch, data.seq_len + 1), np.int32, sharding=mesh.batch_sharding(self.devices)),
+                jax.ShapeDtypeStruct((K, 2), np.uint32, sharding=leading) if self.shape.dropout else None,
                 jax.ShapeDtypeStruct((self.devices.size,), np.int32, sharding=one_each(self.devices)),
             )
             .compile()
         )
 
+    def noise(self, seeds: Sequence[int], step: int) -> jax.Array | None:
+        """What the dropout of the step after `step` is drawn from: dropout seed and step, uint32 [K, 2]; None: nothing is."""
+        if not self.shape.dropout:
+            return None
+        noise_K2 = np.array([(seed, step) for seed in self.filled(seeds)], np.uint32)
+        return mesh.lay(noise_K2, NamedSharding(self.devices, PartitionSpec("replica")))
+
     def step(
-        self, state: State, numbers: Hyperparameters, windows_KBT: jax.Array, asked_N: jax.Array
+        self,
+        state: State,
+        numbers: Hyperparameters,
+        windows_KBT: jax.Array,
+        asked_N: jax.Array,
+        noise_K2: jax.Array | None = None,
     ) -> tuple[State, dict[str, jax.Array]]:
         """The next state; `loss` and `gradient_norm` of every replica before the update; the most that was `asked`.
 
         The state that it is given is given up.
         """
-        return self._compiled(self._count, state, numbers, windows_KBT, asked_N)
+        return self._compiled(self._count, state, numbers, windows_KBT, noise_K2, asked_N)
 
     @cached_property
     def _evaluated(self) -> Callable[..., jax.Array]:
@@ -296,6 +349,17 @@ class Program:
             leaves = jax.tree.leaves(self.state)
             taken += sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
         return int(taken)
+
+
+def begins(marked_BT: jax.Array) -> jax.Array:
+    """The place in its row at which the example of each id of packed windows begins: int32 [B, T]."""
+    place_T = jnp.arange(marked_BT.shape[1], dtype=jnp.int32)
+    return jax.lax.cummax(jnp.where(marked_BT & packing.BEGINS != 0, place_T, 0), axis=1)
+
+
+def learnt(marked_BT: jax.Array) -> jax.Array:
+    """1 where the id that follows is learnt, of packed windows: float32 [B, T - 1]."""
+    return (marked_BT[:, 1:] & packing.LEARNT != 0).astype(jnp.float32)
 
 
 def one_each(devices: jax.sharding.Mesh) -> NamedSharding:

@@ -6,7 +6,7 @@ what objects would. Must not know models or how text is drawn.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from natfp_jax.tokenizer import Tokenizer
 __all__ = ["Prompts", "prompts_of"]
 
 _SCHEMA = pa.schema({"id": pa.uint64(), "document": pa.string(), "text": pa.string()})
+_ASKED = _SCHEMA.append(pa.field("ids", pa.list_(pa.int32())))  # of questions, whose form a text does not say
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -55,11 +56,13 @@ class Prompts:
 
     def encoded(self, tokenizer: Tokenizer) -> list[list[int]]:
         """The ids of each, EOS first."""
+        if "ids" in self.table.column_names:
+            return list(self.table["ids"].to_pylist())
         return [[tokenizer.eos_id, *ids] for ids in tokenizer.encode_batch(self.texts)]
 
     @cached_property
     def sha256(self) -> str:
-        """Over id, document and text of all, in order."""
+        """Over id, document and text of all, and the ids of questions, in order."""
         digest = hashlib.sha256()
         for batch in self.table.to_batches(max_chunksize=TOGETHER):
             for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
@@ -87,12 +90,20 @@ class Prompts:
         return longest
 
 
-def prompts_of(store: Store, sampling: Sampling) -> Prompts:
+def prompts_of(store: Store, sampling: Sampling, context: int | None = None) -> Prompts:
     """The prompts that a study asks for: of a file, or of the held-out documents of its corpus.
+
+    Of a corpus of conversations they are questions, in its template; of a file each is the question of a user.
+
+    Args:
+      context: the most ids that a held-out question may have; None: any number.
 
     Raises:
       UserError: there are fewer, or the file cannot be read.
     """
+    if sampling.prompt_file is None and store.chat is not None:
+        asked = store.questions(sampling.prompts, context)
+        return Prompts(pa.Table.from_pylist([asdict(prompt) for prompt in asked], schema=_ASKED))
     if sampling.prompt_file is None:
         found = store.prompts(sampling.prompts, sampling.prompt_chars, sampling.offsets_per_document)
         columns = [[prompt.id for prompt in found], [prompt.document for prompt in found], [prompt.text for prompt in found]]
@@ -100,6 +111,7 @@ def prompts_of(store: Store, sampling: Sampling) -> Prompts:
     path = Path(sampling.prompt_file)
     distinct: dict[str, str] = {}
     for text, document in _read(path, sampling.prompt_key):
+        text = text if store.chat is None else text.strip()  # as in training
         distinct.setdefault(text, document or _hash(text)[:16])
         if len(distinct) == sampling.prompts:
             break
@@ -111,7 +123,12 @@ def prompts_of(store: Store, sampling: Sampling) -> Prompts:
             else f"{path} has no prompt: put texts there"
         )
     ids = [int(_hash(text)[:16], 16) for text in distinct]
-    return Prompts(pa.table([ids, list(distinct.values()), list(distinct)], schema=_SCHEMA))
+    columns = [ids, list(distinct.values()), list(distinct)]
+    if store.chat is None:
+        return Prompts(pa.table(columns, schema=_SCHEMA))
+    questions = [[{"role": "user", "content": text}] for text in distinct]
+    columns[2] = [store.chat.text(question) for question in questions]
+    return Prompts(pa.table([*columns, store.chat.asked(questions)], schema=_ASKED))
 
 
 def _hash(text: str) -> str:

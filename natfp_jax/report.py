@@ -4,18 +4,22 @@ Owns which files there are, what goes into the summary, and when they are made a
 words or drawn.
 """
 
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from natfp_jax import __version__, config, files, params, texts
+from natfp_jax import __version__, config, files, lora, params, texts
 from natfp_jax.contrast import differences
 from natfp_jax.courses import courses, trajectories
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.findings import Row, Summary, confused
+from natfp_jax.packing import Packed
 from natfp_jax.page import markdown
 from natfp_jax.runs import metrics
-from natfp_jax.study import lacking
+from natfp_jax.study import Arm, lacking
 from natfp_jax.tables import lines
+from natfp_jax.windows import Windows
 from natfp_jax.workspace import Workspace
 
 __all__ = ["report", "summarise"]
@@ -42,7 +46,7 @@ def summarise(work: Workspace) -> Summary:
         missing.append("validation_bits")
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}, as another version wrote it: run `natfp attribute` again")
-    records = {arm: _records(work, arm) for arm in work.arms}
+    records = {arm: _records(work, arm) for arm in (*work.parents, *work.arms)}
     summary = {
         "study": work.study.name,
         "fingerprint": files.read_json(work.folder / "study.json")["fingerprint"],
@@ -77,8 +81,12 @@ def _arm(work: Workspace, arm: str, last: dict[str, Any]) -> dict[str, Any]:
         "pool": work.identities[arm].inputs["pool"],
         "windows": experiment.data.windows,
         "epochs": experiment.data.epochs,
-        "parameters": params.count(params.table(experiment.model, work.store_of(work.arms[arm]).tokenizer.padded_size)),
-        "seeds": config.to_json(experiment.seeds),
+        "parameters": params.count(
+            lora.table(experiment.model, work.store_of(work.arms[arm]).tokenizer.padded_size, experiment.lora)
+        ),
+        **({"origin": last["origin"]} if "origin" in last else {}),
+        **_learnt(work.store_of(work.arms[arm]).pool(experiment.data)),
+        "seeds": {name: getattr(experiment.seeds, name) for name in experiment.deciding},
         "init_hash": last["init_hash"],
         "order_hash": last["order_hash"],
         "final_hash": last["weights"],
@@ -87,6 +95,11 @@ def _arm(work: Workspace, arm: str, last: dict[str, Any]) -> dict[str, Any]:
         "tokens": last["tokens"],
         "skipped": last["skipped"],
     }
+
+
+def _learnt(pool: Windows | Packed) -> dict[str, int]:
+    """Of conversations, how many a pool holds, and how many ids of them are learnt."""
+    return {"examples": pool.examples, "learnt": pool.learnt} if isinstance(pool, Packed) else {}
 
 
 def _numerics(work: Workspace, records: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
@@ -98,17 +111,17 @@ def _numerics(work: Workspace, records: dict[str, dict[int, dict[str, Any]]]) ->
     differ = []
     for comparison in work.comparisons:
         # Bits depend on every stretch of training up to the draw: a resumed arm may have more than one record.
-        trained = [
-            stretch
-            for one in comparison.draws
-            for step, record in records[one.arm].items()
-            if step <= one.step
-            for stretch in (record["numerics"], *(earlier["numerics"] for earlier in record["before"]))
-        ]
+        trained: dict[int, list[dict[str, Any]]] = {}  # by generation: a child is not trained as its parent was
+        for one in comparison.draws:
+            for generation, record in _behind(work, records, work.arms[one.arm], one.step):
+                stretches = (record["numerics"], *(earlier["numerics"] for earlier in record["before"]))
+                trained.setdefault(generation, []).extend(stretches)
         sampled = [record for one in comparison.draws for record in drawn[one]]
-        batches = {work.arms[one.arm].experiment.data.batch for one in comparison.draws}
-        follow = _OF_THE_BATCH if len(batches) > 1 else ()  # from what was meant to differ, which stands elsewhere
-        for stage, found in (("train", trained), ("sample", sampled)):
+        lines = [work.arms[one.arm].experiment for one in comparison.draws]
+        generations = zip_longest(*((line, *reversed(line.ancestors)) for line in lines))
+        batches = [{one.data.batch for one in some if one is not None} for some in generations]
+        follow = _OF_THE_BATCH if any(len(some) > 1 for some in batches) else ()  # from what was meant to differ
+        for stage, found in (*(("train", some) for some in trained.values()), ("sample", sampled)):
             names = dict.fromkeys(name for record in found for name in record if stage == "sample" or name not in follow)
             if fields := [name for name in names if any(record.get(name) != found[0].get(name) for record in found)]:
                 place = {"comparison": comparison.title, "checkpoint": comparison.step}
@@ -118,6 +131,16 @@ def _numerics(work: Workspace, records: dict[str, dict[int, dict[str, Any]]]) ->
     ]
     every_draw = [(one.name, record) for one, found in drawn.items() for record in found]
     return {"differ": differ, "train": _distinct(every_training), "sample": _distinct(every_draw)}
+
+
+def _behind(
+    work: Workspace, records: dict[str, dict[int, dict[str, Any]]], arm: Arm, until: int, generation: int = 0
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records of all checkpoints that a checkpoint descends from, and its own; its parent's are of generation 1."""
+    yield from ((generation, record) for step, record in records[arm.id].items() if step <= until)
+    if (origin := work.origin_of(arm)) is not None:
+        parent = next(one for one in work.parents.values() if one.experiment == origin.experiment)
+        yield from _behind(work, records, parent, origin.step, generation + 1)
 
 
 def _distinct(records: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["fold", "fold_words", "generator", "packed", "stream", "unpacked", "words"]
+__all__ = ["below", "fold", "fold_words", "generator", "packed", "stream", "unpacked", "words"]
 
 
 def words(name: str | int) -> tuple[int, ...]:
@@ -41,6 +41,11 @@ def fold(key: jax.Array, *names: str | int) -> jax.Array:
 def fold_words(key: jax.Array, words_2: jax.Array) -> jax.Array:
     """`fold` of one name by its two words, uint32 [2]: under jit, where names are data."""
     return jax.random.fold_in(jax.random.fold_in(key, words_2[0]), words_2[1])
+
+
+def below(key: jax.Array, number: jax.Array) -> jax.Array:
+    """`fold` of one integer below 2^32: under jit, where integers are data."""
+    return fold_words(key, jnp.stack([jnp.uint32(0), number.astype(jnp.uint32)]))
 
 
 def stream(seed: int | jax.Array, *names: str | int) -> jax.Array:

@@ -101,7 +101,7 @@ def _under(
     experiment, sampling, tokenizer = work.arms[arm].experiment, work.study.sampling, work.store.tokenizer
     prompts = Prompts(work.prompts.table.take(test))
     if _by_sampler(work, arm):
-        dense = {one: texts.dense(column, sampling.lengths[-1], tokenizer.eos_id) for one, column in ids.items()}
+        dense = {one: texts.dense(column, sampling.lengths[-1], work.store.end_id) for one, column in ids.items()}
         yield from scored(work, dense, prompts, arm, step, lambda ended, _: advance(ended))
         return
     params = load_params(work.run_of(arm), step, experiment, work.store_of(work.arms[arm]), work.devices)

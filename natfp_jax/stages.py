@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from natfp_jax.errors import Failed, UserError
 from natfp_jax.lock import alone
 from natfp_jax.member import Member
 from natfp_jax.next_token import next_tokens
+from natfp_jax.packing import Packed
 from natfp_jax.progress import Progress
 from natfp_jax.runs import damaged_lines
 from natfp_jax.stopping import Stop
 from natfp_jax.strategy import strategy_of
-from natfp_jax.study import Arm, draws, grids
+from natfp_jax.study import Arm, draws, grids, kept_fractions
 from natfp_jax.train import check, train
 from natfp_jax.workspace import Workspace, write_if_new
 
@@ -56,8 +58,14 @@ class Work(Workspace):
         listed = {arm: {"fingerprint": one.fingerprint, "inputs": one.inputs} for arm, one in identities.items()}
         hashes = {f"{name} of arm {arm}": sha256 for arm, one in identities.items() for name, sha256 in one.inputs.items()}
         processes.agree({**hashes, **{f"fingerprint of arm {arm}": one.fingerprint for arm, one in identities.items()}})
-        for arm in self.arms.values():
-            check(arm.experiment, self.store_of(arm), self.study.run, self.devices)
+        if first:
+            self._tell_left_out()
+        wanted = processes.led(self._wanted)
+        for arm in (*(parent for name, parent in self.parents.items() if name in wanted), *self.arms.values()):
+            try:
+                check(arm.experiment, self.store_of(arm), self.study.run, self.devices)
+            except UserError as error:
+                raise UserError(f"{arm.id}: {error}") from None if arm.id in self.parents else error
         sampling = self.study.sampling
         for temperature in sampling.temperatures:
             strategy_of(sampling, temperature)
@@ -70,6 +78,17 @@ class Work(Workspace):
         processes.agree({"prompts": self.prompts.sha256})
         _ = self.longest_prompt
         processes.led(lambda: self._write_arms(listed))
+
+    def _tell_left_out(self) -> None:
+        """Says of how many conversations nothing is learnt."""
+        pools = [(self.store_of(arm), arm.experiment.data) for arm in self.arms.values()]
+        for folder, left_out, length in dict.fromkeys(
+            (store.folder.name, pool.left_out, data.seq_len + 1)
+            for store, data in pools
+            if isinstance(pool := store.pool(data), Packed)
+        ):
+            if left_out:
+                self.progress.say(f"corpus {folder}: {left_out:,} conversations of more than {length} tokens are left out")
 
     @cached_property
     def encoder_files(self) -> dict[str, str]:
@@ -100,19 +119,31 @@ class Work(Workspace):
     # --- train ---
 
     def train(self) -> None:
-        """Trains every arm that lacks a checkpoint."""
+        """Trains every arm that lacks a checkpoint, after the parents that such a one descends from."""
+        todo = processes.led(self._wanted)
+        every = [arm for arm in (*self.parents.values(), *self.arms.values()) if arm.id in todo]
 
-        def unfinished() -> list[str]:
-            self.check_owners()
-            return [name for name, arm in self.arms.items() if not self.run_of(name).complete(self.kept(arm))]
+        def together(arm: Arm) -> tuple[Any, ...]:
+            fractions = kept_fractions(self.study, arm.experiment)
+            return arm.id in self.arms, 0 if arm.id in self.arms else len(arm.experiment.ancestors), fractions
 
-        todo = [self.arms[name] for name in processes.led(unfinished)]
-        if not todo:
-            return
-        settings = replace(self.study.run, checkpoints=self.study.kept_fractions)
+        for _, group in groupby(sorted(every, key=together), key=together):
+            self._train(list(group))
+
+    def _wanted(self) -> list[str]:
+        """The arms that lack a checkpoint, and of their ancestors those that do; files are read by one process."""
+        self.check_owners()
+        lacking = {arm.id for arm in self.arms.values() if not self.run_of(arm.id).complete(self.kept(arm))}
+        line = {one for name in lacking for one in self.arms[name].experiment.ancestors}
+        found = [parent for parent in self.parents.values() if parent.experiment in line]
+        return [*(one.id for one in found if not self.run_of(one.id).complete(self.kept(one))), *lacking]
+
+    def _train(self, todo: list[Arm]) -> None:
+        settings = replace(self.study.run, checkpoints=kept_fractions(self.study, todo[0].experiment))
+        called = "arms" if todo[0].id in self.arms else "parents" if len(todo) > 1 else "parent"
         with (
             self.timed("train") as amounts,
-            self.progress.task(f"train {len(todo)} arms", sum(arm.experiment.steps for arm in todo), "steps") as advance,
+            self.progress.task(f"train {len(todo)} {called}", sum(arm.experiment.steps for arm in todo), "steps") as advance,
         ):
             amounts["tokens"], failures = 0, list[str]()
             for cohort in self._cohorts(todo):
@@ -138,7 +169,10 @@ class Work(Workspace):
         So a cohort that was stopped finds itself again, whatever has been finished since, and no arm waits for those behind it.
         """
         members = [
-            Member(arm.id, arm.experiment, self.identities[arm.id], self.store_of(arm), self.run_of(arm.id)) for arm in todo
+            Member(
+                arm.id, arm.experiment, self.identities[arm.id], self.store_of(arm), self.run_of(arm.id), self.origin_of(arm)
+            )
+            for arm in todo
         ]
         kept = [self.kept(arm) for arm in todo]
         stand = processes.led(

@@ -13,7 +13,7 @@ from rich.text import Text
 from natfp_jax import files, lock
 from natfp_jax.config import Study, from_json
 from natfp_jax.errors import UserError
-from natfp_jax.study import arms, draws
+from natfp_jax.study import arms, draws, kept_fractions, parents
 
 __all__ = ["status"]
 
@@ -48,12 +48,13 @@ def _table(out: Path, path: Path) -> Table:
 
     runs = {name: out / "runs" / entry["fingerprint"][:16] for name, entry in listed.items()}
     trained, drawn = {}, {}  # arm → how many of how many
-    for arm in arms(study):
-        steps = set(arm.experiment.kept_steps(study.kept_fractions))
+    every = arms(study)
+    for arm in (*parents(every), *every):
+        steps = set(arm.experiment.kept_steps(kept_fractions(study, arm.experiment)))
         trained[arm.id] = len(steps & _finished(runs[arm.id])) if arm.id in runs else 0, len(steps)
         drawn[arm.id] = (
-            sum(map(_drawn, draw_files[arm.id])),
-            len(draw_files[arm.id]),
+            sum(map(_drawn, draw_files.get(arm.id, ()))),
+            len(draw_files.get(arm.id, ())),
         )
     all_trained, all_drawn = (all(done == of for done, of in counts.values()) for counts in (trained, drawn))
 
@@ -63,7 +64,8 @@ def _table(out: Path, path: Path) -> Table:
     for name, counts in trained.items():
         corpus = _state(name in listed, at_work)
         train = _counted(*counts, "checkpoints", name in runs and lock.held(runs[name]))
-        table.add_row(Text(name), corpus, train, _counted(*drawn[name], "files", at_work and all_trained))
+        sample = _counted(*drawn[name], "files", at_work and all_trained) if name in draw_files else Text("")
+        table.add_row(Text(name), corpus, train, sample)
 
     attribution, summary = folder / "attribution.json", folder / "report" / "summary.json"
     attributed = attribution.exists()

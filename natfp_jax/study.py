@@ -4,13 +4,15 @@ Owns how factors and controls become arms, which draws are needed, and which set
 files, devices or stages.
 """
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from natfp_jax.config import Experiment, Factor, Sampling, Study, replace, to_json
+from natfp_jax.config import Experiment, Factor, Parent, Sampling, Seeds, Study, replace, to_json
+from natfp_jax.contrast import differences
 from natfp_jax.errors import UserError
 from natfp_jax.files import canonical_json, hash_json
 
@@ -25,9 +27,14 @@ __all__ = [
     "decisive",
     "draws",
     "grids",
+    "kept_fractions",
     "labels",
     "lacking",
+    "parents",
+    "settled",
 ]
+
+_NOT_OF_WEIGHTS = ("dtype", "init_scale")  # what of a model can differ from its parent's
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,10 @@ def labels(factor: Factor) -> list[str]:
     levels = factor.levels
     if all(isinstance(level, bool | int | float | str) for level in levels):
         return [str(level) for level in levels]
+    if levels.count(None) == 1 and len(levels) > 1:
+        others = dataclasses.replace(factor, levels=tuple(level for level in levels if level is not None))
+        named = labels(others) if len(others.levels) > 1 else [factor.path.rpartition(".")[2]]
+        return [*named[: levels.index(None)], "none", *named[levels.index(None) :]]
     values = [to_json(level) for level in levels]
     if not all(isinstance(value, dict) for value in values):
         return [canonical_json(value) for value in values]
@@ -188,7 +199,7 @@ def arms(study: Study) -> list[Arm]:
         named = labels(factor)
         if len(set(named)) < len(named):
             raise UserError(f"factor {factor.path} names a level twice: {named}")
-        if factor.path.startswith("corpus.") and not factor.path.startswith("corpus.source"):
+        if re.search(r"(^|\.)corpus\.(?!source)", factor.path):
             raise UserError(
                 f"factor {factor.path}: all arms of a study share the tokenizer and the split of the base corpus; "
                 "of a corpus only corpus.source can be a factor"
@@ -217,12 +228,71 @@ def arms(study: Study) -> list[Arm]:
             raise UserError("twin.ulps is 0, which moves nothing: give 1 or another whole number")
         first = found[0]
         found.append(Arm(f"{first.id}-twin", first.levels, replace(first.experiment, "perturb", study.twin), twin=True))
-    same: dict[Experiment, str] = {}
+    same: dict[Experiment, Arm] = {}
     for arm in found:
         _ = arm.experiment.steps  # whole, or an error that says so
-        if (other := same.setdefault(arm.experiment, arm.id)) != arm.id:
-            raise UserError(f"arms {other} and {arm.id} are the same experiment: change the factors so that all arms differ")
+        _check_descent(f"arm {arm.id}", arm.experiment)
+        if (other := same.setdefault(_deciding(arm.experiment), arm)) is arm:
+            continue
+        why = "change the factors so that all arms differ"
+        if other.experiment != arm.experiment:
+            why = "seeds.init decides nothing of a child whose weights are all its parent's, nor seeds.dropout without dropout"
+        raise UserError(f"arms {other.id} and {arm.id} are the same experiment: {why}")
     return found
+
+
+def kept_fractions(study: Study, experiment: Experiment) -> tuple[float, ...]:
+    """The fractions of training at which checkpoints are kept: of an arm the study's, of a parent what begins a child."""
+    every = arms(study)
+    line = [one for arm in every for one in (*arm.experiment.ancestors, arm.experiment)]
+    begun = {one.parent.fraction for one in line if one.parent is not None and one.parent.experiment == experiment}
+    drawn = set(study.kept_fractions) if any(arm.experiment == experiment for arm in every) else set[float]()
+    return tuple(sorted(begun | drawn))
+
+
+def parents(every: Iterable[Arm]) -> list[Arm]:
+    """What has to be trained before the arms: every ancestor once, each before its children."""
+    found: dict[Experiment, str] = {}
+    for arm in every:
+        line = [arm.experiment, *reversed(arm.experiment.ancestors)]
+        for distance, ancestor in enumerate(line[1:], 1):
+            found.setdefault(ancestor, "parent of " * distance + arm.id)
+    return [Arm(name, (), one) for one, name in sorted(found.items(), key=lambda entry: len(entry[0].ancestors))]
+
+
+def _check_descent(name: str, experiment: Experiment) -> None:
+    """Raises a UserError if an experiment cannot begin with its parent's weights, or that with its own parent's."""
+    parent = experiment.parent
+    if parent is None:
+        if experiment.lora is not None:
+            raise UserError(f"{name} has lora but no parent whose weights it adapts: give it a parent, or leave lora out")
+        return
+    for path, (got, expected) in differences(*map(to_json, (experiment.model, parent.experiment.model))).items():
+        if path not in _NOT_OF_WEIGHTS:
+            raise UserError(f"{name} has model.{path} {got}, its parent {expected}: give both the same, as the weights are")
+    _ = parent.step  # whole steps, or an error that says so
+    _check_descent(f"the parent of {name}", parent.experiment)
+
+
+def _deciding(experiment: Experiment) -> Experiment:
+    """The experiment without the seeds that decide nothing of it."""
+    kept, parent = {name: getattr(experiment.seeds, name) for name in experiment.deciding}, experiment.parent
+    if parent is not None:
+        parent = Parent(_deciding(parent.experiment), parent.step / parent.experiment.steps)
+    return dataclasses.replace(experiment, seeds=Seeds(**kept), parent=parent)
+
+
+def settled(study: Study) -> Study:
+    """The study with every level as its field has it: what a level leaves out, or did not know yet, is a default."""
+
+    def value(factor: Factor, level: Any) -> Any:
+        found: Any = replace(study.experiment, factor.path, level)
+        for name in factor.path.split("."):
+            found = getattr(found, name)
+        return found
+
+    factors = [dataclasses.replace(one, levels=tuple(value(one, level) for level in one.levels)) for one in study.factors]
+    return dataclasses.replace(study, factors=tuple(factors))
 
 
 def _steps(study: Study, all_arms: list[Arm]) -> list[dict[str, int]]:
@@ -343,6 +413,8 @@ def lacking(study: Study) -> list[str]:
         )
     if not any(f"{factor.path}.".startswith(("corpus.", "data.first.")) for factor in study.factors):
         said.append("No other-data control: that the classifiers find a difference which is surely there is not shown.")
+    if study.experiment.parent is not None and not any(factor.path.startswith("parent") for factor in study.factors):
+        said.append("All arms are children of one parent: what is said of a factor is of its children, not of those of others.")
     for factor in study.factors:
         if len(factor.levels) < 5:
             said.append(

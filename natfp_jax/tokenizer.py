@@ -1,7 +1,7 @@
 """Text to ids and back.
 
 Owns the byte-level BPE: its training, its file, the end-of-document token, and the promise that text of a document never
-becomes a special token. Must not know where text comes from or what a model does with ids.
+becomes a special token; what a template writes may. Must not know where text comes from or what a model does with ids.
 """
 
 import functools
@@ -35,8 +35,12 @@ class Tokenizer:
 
     @functools.cached_property
     def _model(self) -> tokenizers.Tokenizer:
-        model = tokenizers.Tokenizer.from_str(self.file.decode())
+        model = self._loaded()
         model.encode_special_tokens = True  # not saved in the file: without it, "<|eos|>" in a document would end it
+        return model
+
+    def _loaded(self) -> tokenizers.Tokenizer:
+        model = tokenizers.Tokenizer.from_str(self.file.decode())
         model.no_truncation()
         model.no_padding()
         return model
@@ -63,6 +67,20 @@ class Tokenizer:
     def sha256(self) -> str:
         """The hash of the file's bytes."""
         return hashlib.sha256(self.file).hexdigest()
+
+    @property
+    def specials(self) -> list[str]:
+        """Its special tokens, by their ids."""
+        added = self._model.get_added_tokens_decoder()
+        return [added[one].content for one in sorted(added) if added[one].special]
+
+    def special(self, token: str) -> int | None:
+        """The id of a special token; None: it is none."""
+        return self._model.token_to_id(token) if token in self.specials else None
+
+    def encode_form(self, text: str) -> list[int]:
+        """The ids of a text of the program's own, in which special tokens are what they are; never for a document."""
+        return list(self._loaded().encode(text, add_special_tokens=False).ids)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without EOS."""

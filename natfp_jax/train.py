@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from operator import mul
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from natfp_jax import checkpoint, mesh, optim, params, processes, restart
+from natfp_jax import checkpoint, lora, mesh, optim, params, processes, restart
 from natfp_jax.blocks import block_length
 from natfp_jax.checkpoint import Checkpoints
 from natfp_jax.cohort import begun, called, fingerprints, finish
-from natfp_jax.config import Experiment, Model, Run
+from natfp_jax.config import Experiment, Run
 from natfp_jax.corpus import Store
 from natfp_jax.errors import Damaged, Failed, Stopped, UserError
 from natfp_jax.lineage import numerics, weight_hash
@@ -46,17 +47,17 @@ def load_params(run: RunFolder, step: int, experiment: Experiment, store: Store,
       UserError: there is no such checkpoint.
       Damaged: it is not what was saved.
     """
-    return load_weights(run, step, experiment.model, store.tokenizer.padded_size, devices)
+    return load_weights(run, step, experiment, store.tokenizer.padded_size, devices)
 
 
-def load_weights(run: RunFolder, step: int, model: Model, padded: int, devices: jax.sharding.Mesh) -> Params:
-    """The same, of a vocabulary of so many ids with padding."""
+def load_weights(run: RunFolder, step: int, experiment: Experiment, padded: int, devices: jax.sharding.Mesh) -> Params:
+    """The same, of a vocabulary of so many ids with padding; adapters are merged into what they adapt."""
     processes.led(lambda: checkpoint.verify(run.checkpoints, step, "params"))
-    specs = params.table(model, padded)
+    specs = lora.table(experiment.model, padded, experiment.lora)
     like = checkpoint.with_shardings(params.abstract(specs), mesh.param_shardings(devices, specs))
     tree, _ = checkpoint.restore(run.checkpoints, step, like)
     _check_weights(tree, run, step)
-    return tree
+    return tree if experiment.lora is None else lora.merged(tree, experiment.lora, mesh.param_shardings(devices, specs))
 
 
 def _check_weights(tree: Params, run: RunFolder, step: int) -> None:
@@ -165,8 +166,7 @@ class _Trainer:
             arm.begin(record, lacks)
         self.kept = {step for lacks in missing for step in lacks}
         if start is None:
-            seeds = [(arm.member.experiment.seeds.init, arm.member.experiment.perturb) for arm in self.arms]
-            self.state = self.program.stack([partial(self.program.init, *seed) for seed in seeds])
+            self.state = self.program.stack([partial(self._begun, arm.member) for arm in self.arms])
         elif "restart" in start:
             self.state = self._restarted(start["restart"], Path(start["folder"]))
         else:
@@ -184,6 +184,14 @@ class _Trainer:
         restart.claim(self.restarts_root, fingerprints(self.cohort), after=self.step)
         for arm in self.arms:
             arm.member.run.reopen()
+
+    def _begun(self, member: Member) -> State:
+        """The state of an arm at step 0."""
+        one, origin = member.experiment, member.origin
+        parent = None
+        if origin is not None:
+            parent = partial(load_params, origin.run, origin.step, origin.experiment, member.store, self.program.devices)
+        return self.program.init(one.seeds.init, one.perturb, parent)
 
     def _kept(self, member: Member, step: int) -> State:
         """The state of an arm's own checkpoint."""
@@ -224,7 +232,9 @@ class _Trainer:
         """
         batches = [arm.batch(self.step) for arm in self.arms]
         windows_KBT = mesh.lay(np.stack(self.program.filled(batches)), self.rows)
-        self.state, metrics = self.program.step(self.state, self.numbers, windows_KBT, self.signals[self._asks()])
+        noise_K2 = self.program.noise([arm.member.experiment.seeds.dropout for arm in self.arms], self.step)
+        asked_N = self.signals[self._asks()]
+        self.state, metrics = self.program.step(self.state, self.numbers, windows_KBT, asked_N, noise_K2)
         # A step's metrics are read once the next step is under way, so that the device never waits.
         asked = self._look()
         self.step += 1
@@ -288,7 +298,8 @@ class _Trainer:
             needed = len(saved) * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.program.one))
             processes.led(lambda: self.arms[saved[0]].checkpoints.check_room(needed))
         for place in kept:
-            val_loss = math.fsum(losses[place]) / len(losses[place])
+            each = self.arms[place].learnt
+            val_loss = math.fsum(map(mul, losses[place], each)) / math.fsum(each)
             self.arms[place].keep(self.step, self.program.take(self.state, place), val_loss)
 
 
@@ -324,18 +335,23 @@ def conditions(experiment: Experiment, settings: Run, devices: jax.sharding.Mesh
 
 
 def replay(
-    experiment: Experiment, store: Store, settings: Run, devices: jax.sharding.Mesh, until: int
+    experiment: Experiment,
+    store: Store,
+    settings: Run,
+    devices: jax.sharding.Mesh,
+    until: int,
+    parent: Callable[[], Params] | None = None,
 ) -> Iterator[tuple[int, Params]]:
-    """The weights after each step from the seeds alone, step 0 first; nothing is written."""
+    """The weights after each step from the seeds alone, and a parent's where it has one, step 0 first; nothing is written."""
     data = experiment.data
     program, order = program_of(experiment, store, devices, settings), Order(data.windows, data.batch, experiment.seeds.order)
     pool, rows, none = store.pool(data), mesh.batch_sharding(devices), quiet(devices)
     numbers = laid(program, [optim.hyperparameters(experiment.optimiser, experiment.steps)])
-    state = program.stack([partial(program.init, experiment.seeds.init, experiment.perturb)])
+    state = program.stack([partial(program.init, experiment.seeds.init, experiment.perturb, parent)])
     yield 0, program.take(state.params, 0)
     for step in range(until):
         windows_KBT = mesh.lay(np.stack(program.filled([pool.rows(order.rows(step))])), rows)
-        state, _ = program.step(state, numbers, windows_KBT, none)
+        state, _ = program.step(state, numbers, windows_KBT, none, program.noise([experiment.seeds.dropout], step))
         yield step + 1, program.take(state.params, 0)
 
 
@@ -346,7 +362,7 @@ def check(experiment: Experiment, store: Store, settings: Run, devices: jax.shar
         raise UserError(f"experiment.data.batch {batch} does not divide into run.microbatches {parts}")
     name = "experiment.data.batch" if parts == 1 else f"experiment.data.batch {batch} / run.microbatches {parts} ="
     mesh.check_batch(name, batch // parts, devices)
-    specs = params.table(experiment.model, store.tokenizer.padded_size)
+    specs = lora.table(experiment.model, store.tokenizer.padded_size, experiment.lora)
     mesh.check_params(specs, devices)
     if experiment.perturb is not None:
         params.check_perturb({path: spec.shape for path, spec in specs.items()}, experiment.perturb)

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from natfp_jax import checkpoint, config, files
+from natfp_jax.chat import Chat
 from natfp_jax.config import Experiment, Model
 from natfp_jax.errors import UserError
 from natfp_jax.params import Params
@@ -36,6 +37,17 @@ class Trained:
         return self.experiment.model
 
     @property
+    def chat(self) -> Chat | None:
+        """How it was asked, if it was trained on conversations."""
+        corpus = self.experiment.corpus
+        return Chat(self.tokenizer, corpus.template) if corpus.conversations else None
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends a text."""
+        return self.tokenizer.eos_id if self.chat is None else self.chat.end
+
+    @property
     def context(self) -> int:
         """The tokens that it was trained on at a time."""
         return self.experiment.data.seq_len
@@ -55,7 +67,7 @@ def trained(path: Path, devices: jax.sharding.Mesh, tokenizer: Path | None = Non
     owner = files.read_json(run.folder / "experiment.json", f"move {run.folder} away")
     experiment = config.from_json(Experiment, owner["experiment"])
     found = _tokenizer(run.folder.parent.parent, str(owner["inputs"]["tokenizer"]), tokenizer)
-    params = load_weights(run, step, experiment.model, found.padded_size, devices)
+    params = load_weights(run, step, experiment, found.padded_size, devices)
     return Trained(experiment, str(owner["fingerprint"]), step, params, found)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Windows", "open_ids"]
+__all__ = ["Windows", "open_ids", "within"]
 
 _BLOCK = 1 << 22  # ids that are hashed at once
 
@@ -20,6 +20,14 @@ def open_ids(path: Path, dtype: str) -> np.ndarray:
     if path.stat().st_size == 0:  # which cannot be mapped
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, mode="r").view(np.ndarray)
+
+
+def within(indices: np.ndarray, count: int) -> np.ndarray:
+    """The indices, int64 [N]; raises an IndexError if one is outside of a pool of so many windows."""
+    index_N = np.asarray(indices, np.int64)
+    if index_N.size and (index_N.min() < 0 or index_N.max() >= count):
+        raise IndexError(f"window indices {index_N.min()} to {index_N.max()}, the pool has {count}")
+    return index_N
 
 
 class Windows:
@@ -36,9 +44,7 @@ class Windows:
         Raises:
           IndexError: an index is outside of the pool.
         """
-        index_N = np.asarray(indices, np.int64)
-        if index_N.size and (index_N.min() < 0 or index_N.max() >= self.count):
-            raise IndexError(f"window indices {index_N.min()} to {index_N.max()}, the pool has {self.count}")
+        index_N = within(indices, self.count)
         length = self.seq_len + 1
         out_NL = np.empty((len(index_N), length), np.int32)
         start_N = (self.first + index_N) * length

@@ -21,16 +21,17 @@ from typing import Any
 import jax
 
 from natfp_jax import config, files, lineage, mesh, processes, texts
-from natfp_jax.config import Corpus, Study
+from natfp_jax.config import Corpus, Experiment, Study
 from natfp_jax.contrast import differences
 from natfp_jax.corpus import Store, opened, prepare
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import Identity, code
 from natfp_jax.lock import LOCK, alone
+from natfp_jax.member import Origin
 from natfp_jax.progress import Progress
 from natfp_jax.prompts import Prompts, prompts_of
 from natfp_jax.runs import RunFolder
-from natfp_jax.study import Arm, Draw, arms, comparisons, draws
+from natfp_jax.study import Arm, Draw, arms, comparisons, draws, kept_fractions, parents, settled
 
 __all__ = ["Workspace", "write_if_new"]
 
@@ -42,6 +43,7 @@ class Workspace:
         self.study, self.out, self.progress = study, out, progress
         self.folder = out / "studies" / study.name
         self.arms = {arm.id: arm for arm in arms(study)}
+        self.parents = {parent.id: parent for parent in parents(self.arms.values())}
         self.comparisons = comparisons(study)
 
     # --- whose folder, and how long things took ---
@@ -64,7 +66,8 @@ class Workspace:
     def _owned(self) -> Iterator[None]:
         path, mine = self.folder / "study.json", config.fingerprint(replace(self.study, run=config.Run()))
         begun = (self.folder / "arms.json").exists()  # until then there is nothing to be confused with
-        if begun and path.exists() and (owner := files.read_json(path)).get("fingerprint") != mine:
+        owner = files.read_json(path) if begun and path.exists() else {"fingerprint": mine}
+        if owner.get("fingerprint") != mine and not self._is(owner.get("study")):
             found = differences(owner.get("study"), config.to_json(self.study))
             changed = ", ".join(path for path in found if path.split(".")[0] != "run") or "version"  # which decides nothing
             raise UserError(
@@ -76,6 +79,14 @@ class Workspace:
                 remains.unlink()
             write_if_new(path, {"fingerprint": mine, "study": config.to_json(self.study)}, begun)
             yield
+
+    def _is(self, written: Any) -> bool:
+        """Whether this is the study that an earlier version has written, which knew fewer fields of its levels."""
+        try:
+            there, here = (settled(replace(one, run=config.Run())) for one in (config.from_json(Study, written), self.study))
+        except UserError:
+            return False
+        return there == here
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[dict[str, int]]:
@@ -101,19 +112,30 @@ class Workspace:
         """The mesh that everything runs on."""
         return mesh.make(self.study.run.mesh)
 
-    @cached_property
+    @property
+    def base(self) -> Arm:
+        """The base arm."""
+        return next(iter(self.arms.values()))
+
+    @property
     def store(self) -> Store:
         """The base arm's token store, which gives the tokenizer and the prompts of all arms; prepared if it is not there."""
-        return next(iter(self._stores.values()))
+        return self.store_of(self.base)
 
     @cached_property
     def _stores(self) -> dict[Corpus, Store]:
-        base = next(iter(self.arms.values())).experiment.corpus
-        found = {base: self._opened(base)}
-        for arm in self.arms.values():
+        """The token stores of all arms and parents; that of the base arm's oldest ancestor gives the tokenizer."""
+        first = (*self.base.experiment.ancestors, self.base.experiment)[0].corpus
+        found = {first: self._opened(first)}
+        for arm in (*self.arms.values(), *self.parents.values()):
             corpus = arm.experiment.corpus
             if corpus not in found:  # one tokenizer for all arms, so that texts and likelihoods are comparable
-                found[corpus] = self._opened(replace(corpus, tokenizer=str(found[base].folder / "tokenizer.json")))
+                if corpus.tokenizer not in (None, first.tokenizer):
+                    raise UserError(
+                        f"{arm.id} gives the tokenizer {corpus.tokenizer}, but all arms share that of the corpus that the base "
+                        "arm, or its oldest ancestor, is trained on: give it there, and leave it out here"
+                    )
+                found[corpus] = self._opened(replace(corpus, tokenizer=str(found[first].folder / "tokenizer.json")))
         return found
 
     def _opened(self, corpus: Corpus) -> Store:
@@ -132,23 +154,34 @@ class Workspace:
 
     @cached_property
     def identities(self) -> dict[str, Identity]:
-        """Arm id → what the experiment is, now that its corpus is known."""
+        """Arm id, or parent's → what the experiment is, now that its corpus is known."""
         pools: dict[Any, str] = {}
+        known: dict[Experiment, Identity] = {}
         found = {}
-        for arm in self.arms.values():
-            store, data = self.store_of(arm), arm.experiment.data
+        for arm in (*self.parents.values(), *self.arms.values()):  # parents first: a child's names its parent's
+            store, data, parent = self.store_of(arm), arm.experiment.data, arm.experiment.parent
             pool = store.sha256, data.seq_len, data.windows, data.first
             if pool not in pools:
                 pools[pool] = store.pool(data).sha256()
-            found[arm.id] = lineage.identity(arm.experiment, store.sha256, store.tokenizer.sha256, pools[pool])
+            hashes = store.sha256, store.tokenizer.sha256, pools[pool]
+            of = None if parent is None else known[parent.experiment].fingerprint
+            found[arm.id] = known[arm.experiment] = lineage.identity(arm.experiment, *hashes, of)
         same: dict[str, str] = {}
-        for name, one in found.items():
-            if (other := same.setdefault(one.fingerprint, name)) != name:
+        for name in self.arms:
+            if (other := same.setdefault(found[name].fingerprint, name)) != name:
                 raise UserError(f"arms {other} and {name} are the same experiment: change the factors so that all arms differ")
         return found
 
+    def origin_of(self, arm: Arm) -> Origin | None:
+        """The checkpoint that an arm begins with, if it has a parent."""
+        parent = arm.experiment.parent
+        if parent is None:
+            return None
+        name = next(one.id for one in self.parents.values() if one.experiment == parent.experiment)
+        return Origin(parent.experiment, self.run_of(name), parent.step)
+
     def run_of(self, arm: str) -> RunFolder:
-        """The run of an arm."""
+        """The run of an arm, or of a parent."""
         return RunFolder(self.out / "runs" / self.identities[arm].short)
 
     @property
@@ -157,13 +190,32 @@ class Workspace:
         return self.out / "restart"
 
     def kept(self, arm: Arm) -> list[int]:
-        """The steps whose checkpoints an arm keeps."""
-        return arm.experiment.kept_steps(self.study.kept_fractions)
+        """The steps whose checkpoints an arm keeps, or a parent."""
+        return arm.experiment.kept_steps(kept_fractions(self.study, arm.experiment))
 
     def check_owners(self) -> None:
-        """Raises a UserError if the run of an arm is another experiment's."""
-        for arm, identity in self.identities.items():
-            self.run_of(arm).check_owner(identity)
+        """Raises a UserError if the run of an arm is another experiment's, or began with what its parent no longer is."""
+        for name, identity in self.identities.items():
+            self.run_of(name).check_owner(identity)
+        for parent in self.parents.values():
+            self._check_children(parent)
+
+    def _check_children(self, parent: Arm) -> None:
+        """Raises a UserError if children of a parent began with other weights than it has now."""
+        strangers: dict[tuple[str, str], list[str]] = {}
+        for arm in (*self.parents.values(), *self.arms.values()):
+            origin, run = self.origin_of(arm), self.run_of(arm.id)
+            if origin is None or origin.experiment != parent.experiment:
+                continue
+            if run.missing([0]) or origin.run.missing([origin.step]):
+                continue
+            if (began := run.record(0)["origin"]) != (now := origin.record()):
+                strangers.setdefault((began["weights"], now["weights"]), []).append(str(run.folder))
+        for (then, here), folders in strangers.items():
+            raise UserError(
+                f"{', '.join(folders)} began with the weights {then[:16]} of {self.run_of(parent.id).folder}, which now are "
+                f"{here[:16]}: move what is wrong away, and run the same command again"
+            )
 
     def check_trained(self) -> None:
         """Raises a UserError if an arm lacks a checkpoint, or its run is another experiment's."""
@@ -177,7 +229,12 @@ class Workspace:
     @cached_property
     def prompts(self) -> Prompts:
         """The prompts of every draw."""
-        return prompts_of(self.store, self.study.sampling)
+        return prompts_of(self.store, self.study.sampling, self.context)
+
+    @property
+    def context(self) -> int:
+        """The most tokens that every arm has been trained on."""
+        return min(arm.experiment.data.seq_len for arm in self.arms.values())
 
     @cached_property
     def longest_prompt(self) -> int:
@@ -186,9 +243,8 @@ class Workspace:
         Raises:
           UserError: an arm has not been trained on as many.
         """
-        context = min(arm.experiment.data.seq_len for arm in self.arms.values())
         source = self.study.sampling.prompt_file or "the corpus"
-        return self.prompts.check(self.store.tokenizer, context, source)
+        return self.prompts.check(self.store.tokenizer, self.context, source)
 
     def draw_paths(self, one: Draw) -> list[Path]:
         """The sample files of a draw."""

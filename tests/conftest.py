@@ -3,6 +3,7 @@
 Tests of the command line run in processes of their own, with the devices of the machine.
 """
 
+import json
 import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 from natfp_jax import config, mesh
-from natfp_jax.config import Corpus, Data, Experiment, Model, Run, Stories
+from natfp_jax.config import Conversations, Corpus, Data, Experiment, Model, Run, Stories
 from natfp_jax.corpus import prepare
 from natfp_jax.lineage import identity
 from natfp_jax.member import Member
@@ -42,6 +43,27 @@ def tiny_store(tmp_path_factory):
     """360 stories, 66,000 ids of a vocabulary of 300 (384 padded)."""
     corpus = Corpus(source=Stories(count=400), vocabulary=300, validation_fraction=0.1, prompt_fraction=0.1, shards=2)
     return prepare(corpus, tmp_path_factory.mktemp("tiny"), Progress(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def talk_corpus(tmp_path_factory):
+    """300 conversations, all different, but not all of their questions; 12 have more than 64 tokens in one."""
+    lines = []
+    for i in range(300):
+        n = i if i % 4 else i + 1
+        asked = f"Which is number {n}?" + " word" * 60 * (i % 25 == 24)
+        talk = [("system", "Be brief.")] * (i % 7 == 0) + [("user", asked), ("assistant", f"It is {2 * n}, says {i}.")]
+        talk += [("user", "And then?"), ("assistant", "Nothing.")] * (i % 6 == 0)
+        lines.append(json.dumps({"messages": [{"role": role, "content": content} for role, content in talk]}) + "\n")
+    path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
+    path.write_text("".join(lines))
+    return Corpus(source=Conversations(str(path)), vocabulary=300, validation_fraction=0.15, prompt_fraction=0.25, shards=2)
+
+
+@pytest.fixture(scope="session")
+def talk_store(talk_corpus, tmp_path_factory):
+    """Its store."""
+    return prepare(talk_corpus, tmp_path_factory.mktemp("talk"), Progress(quiet=True))
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,13 @@ from natfp_jax.config import (
     Data,
     Experiment,
     Factor,
+    Lora,
     MachineDocs,
     MachineQA,
     Mesh,
     Model,
     Optimiser,
+    Parent,
     Perturb,
     Run,
     Sampling,
@@ -239,11 +241,11 @@ def test_json_that_is_no_experiment(values, part):
 def another(name, value):
     """A valid value of a field that differs from `value`."""
     texts = {"mlp": "gelu", "dtype": "bfloat16", "kind": "lion", "schedule": "linear", "nonfinite": "skip"}
-    numbers = {"kv_heads": 2, "mlp_width": 96}
+    others = {"kv_heads": 2, "mlp_width": 96, "targets": ("k",)}
     if name in texts:
         return texts[name]
-    if value is None:
-        return numbers[name]
+    if name in others:
+        return others[name]
     if isinstance(value, bool):
         return not value
     return {int: lambda: value + 1, float: lambda: value / 2 + 0.001, str: lambda: value + "x"}[type(value)]()
@@ -257,9 +259,10 @@ def leaves(part, path=""):
 
 
 def test_every_field_that_decides_weights_changes_the_fingerprint():
-    base = Experiment(perturb=Perturb())
+    base = Experiment(perturb=Perturb(), lora=Lora(), parent=Parent(Experiment()))
     found = {fingerprint(Experiment()), fingerprint(base)}
-    paths = [(path, value) for path, value in leaves(base) if not path.startswith("corpus.")]
+    elsewhere = "corpus.", "parent.experiment."  # what their hashes among the inputs stand for
+    paths = [(path, value) for path, value in leaves(base) if not path.startswith(elsewhere)]
     assert {"seeds.init", "model.dtype", "data.batch", "optimiser.clip", "perturb.ulps"} <= {path for path, _ in paths}
     for path, value in paths:
         found.add(fingerprint(replace(base, path, another(path.rsplit(".", 1)[-1], value))))
@@ -270,8 +273,11 @@ def test_every_input_changes_the_fingerprint_and_the_source_of_the_corpus_does_n
     inputs = {"corpus": "a", "tokenizer": "b", "pool": "c"}
     found = {fingerprint(Experiment(), {**inputs, name: "d"}) for name in inputs} | {fingerprint(Experiment(), inputs)}
     assert len(found) == 4
+    child = Experiment(parent=Parent(Experiment()))
     for corpus in (Corpus(source=Stories()), Corpus(vocabulary=99), Corpus(shards=1)):
         assert fingerprint(Experiment(corpus=corpus), inputs) == fingerprint(Experiment(), inputs)
+        parent = Parent(Experiment(corpus=corpus))
+        assert fingerprint(Experiment(corpus=corpus, parent=parent), inputs) == fingerprint(child, inputs)
 
 
 def test_the_fingerprint_is_the_hash_of_what_is_not_default():

@@ -43,6 +43,19 @@ def test_what_is_held_fixed_is_said():
     assert rest == "Held fixed: how often each window is seen, steps, training tokens, parameters."
 
 
+def test_what_arms_began_with_is_said_where_they_have_a_parent():
+    origin = {"fingerprint": "a" * 64, "step": 200, "weights": "b" * 64}
+    other = {**origin, "fingerprint": "c" * 64}
+    said = held([arm("base", origin=origin), arm("order1", origin=origin)])
+    assert said[0] == "Held fixed: all 2 arms began with step 200 of run aaaaaaaaaaaaaaaa (weights `bbbbbbbbbbbb`)."
+    assert len(said) == 3
+    said = held([arm("base", origin=origin), arm("order1", origin=origin), arm("init1", origin=other), arm("new")])
+    assert said[0] == (
+        "Not held fixed: what the arms began with. base, order1: step 200 of run aaaaaaaaaaaaaaaa (weights `bbbbbbbbbbbb`); "
+        "init1: step 200 of run cccccccccccccccc (weights `bbbbbbbbbbbb`); new: no parent."
+    )
+
+
 def test_what_cannot_be_held_fixed_is_one_line():
     arms = [arm("base", epochs=3), arm("batch64", epochs=3, steps=100), arm("width192", epochs=3, parameters=1_300_000)]
     windows, rest = held(arms)

@@ -21,10 +21,12 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natfp_jax import files, ingest
-from natfp_jax.config import Corpus, Data, Stories, TextFolder, Tfds
+from natfp_jax import chat, files, ingest
+from natfp_jax.config import Conversations, Corpus, Data, Stories, Template, TextFolder, Tfds
 from natfp_jax.corpus import prepare
 from natfp_jax.errors import Damaged, UserError
+from natfp_jax.files import canonical_json
+from natfp_jax.packing import BEGINS, IDS, LEARNT
 from natfp_jax.progress import Progress
 from natfp_jax.tokenizer import EOS, Tokenizer
 from natfp_jax.windows import Windows
@@ -140,7 +142,7 @@ def test_documents_are_deduplicated_and_split_by_their_text_alone(texts, fractio
     for number, order in enumerate((texts, texts[::-1] + texts)):
         folder = root / str(number)
         folder.mkdir()
-        counts = ingest.ingest([text.strip() for text in order], tokenizer, corpus, folder, Progress(quiet=True))
+        counts = ingest.ingest([text.strip() for text in order], ingest.Plain(tokenizer), corpus, folder, Progress(quiet=True))
         part = {"prompt": list(prompt_documents(folder).values())}
         for name in (*ingest.shard_names(shards), "validation.bin"):
             ids = np.fromfile(folder / name, "<u2")
@@ -281,6 +283,136 @@ def test_validation_windows(store):
     assert len(store.validation_windows(64, 10**9)) == len(ids) // 65
     with pytest.raises(UserError, match="its validation part has"):
         store.validation_windows(len(ids), 5)
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def said_in(corpus):
+    """The texts of a file of conversations."""
+    return [canonical_json(json.loads(line)["messages"]) for line in Path(corpus.source.path).read_bytes().splitlines()]
+
+
+def examples(ids):
+    """The marked ids of each example, as bytes."""
+    return [one.tobytes() for one in np.split(ids, np.flatnonzero(ids & BEGINS)[1:])]
+
+
+def windows_by_hand(ids, seq_len, padding):
+    """Whole examples, until the next does not fit."""
+    windows = []
+    for one in (np.frombuffer(data, "<u4").tolist() for data in examples(ids)):
+        if len(one) > seq_len + 1:
+            continue
+        if not windows or len(windows[-1]) + len(one) > seq_len + 1:
+            windows.append([])
+        windows[-1] += one
+    return np.array([[*window, *[padding | BEGINS] * (seq_len + 1 - len(window))] for window in windows], np.int32)
+
+
+def test_every_conversation_is_in_one_part_with_those_that_begin_alike(talk_store, talk_corpus):
+    texts = said_in(talk_corpus)
+    ids = {"train": training_ids(talk_store), "validation": np.fromfile(talk_store.folder / "validation.bin", "<u4")}
+    whose = {one.tobytes(): text for one, text in zip(talk_store.chat.encode(texts), texts, strict=True)}
+    parts = {part: [whose.pop(one) for one in examples(some)] for part, some in ids.items()}
+    parts["prompt"] = sorted(whose.values())
+    lines = [json.loads(line) for line in (talk_store.folder / "prompts.jsonl").read_bytes().splitlines()]
+    assert sorted(line["text"] for line in lines) == parts["prompt"]
+    assert {line["id"] for line in lines} == {chat.document(text).id for text in parts["prompt"]}
+    assert {part: len(some) for part, some in parts.items()} == {part: talk_store.meta["documents"][part] for part in parts}
+    assert min(map(len, parts.values())) > 20
+    asked = {part: {message["content"] for text in some for message in json.loads(text)[:2]} for part, some in parts.items()}
+    asked = {part: {text for text in some if text.startswith("Which")} for part, some in asked.items()}
+    assert len(set.union(*asked.values())) == sum(map(len, asked.values()))  # none in two parts
+    assert len(set.union(*asked.values())) < len(texts)
+
+
+def test_the_tokenizer_of_conversations_is_trained_on_what_is_said(talk_store, talk_corpus):
+    train = [text for text in said_in(talk_corpus) if chat.document(text).part(talk_corpus) == "train"]
+    said = ["\n".join(message["content"] for message in json.loads(text)) for text in train]
+    assert Tokenizer.train(iter(said), talk_corpus.vocabulary) == talk_store.tokenizer
+    assert Tokenizer.train(iter(train), talk_corpus.vocabulary) != talk_store.tokenizer
+    assert talk_store.tokenizer.specials == [EOS]
+
+
+def test_windows_of_conversations_are_packed(talk_store):
+    ids = training_ids(talk_store)
+    assert talk_store.meta["dtype"] == "<u4"
+    assert talk_store.sha256 == hashlib.sha256(ids.tobytes()).hexdigest() == talk_store.recomputed()
+    assert (ids & IDS).max() < talk_store.tokenizer.size
+    expected = windows_by_hand(ids, 64, talk_store.tokenizer.eos_id)
+    windows = talk_store.pool(Data(seq_len=64, windows=len(expected)))
+    np.testing.assert_array_equal(windows.rows(np.arange(len(expected))), expected)
+    assert 0 < windows.left_out < 12
+    assert windows.examples + windows.left_out == talk_store.meta["documents"]["train"]
+    second = talk_store.pool(Data(seq_len=64, windows=2, first=3))
+    np.testing.assert_array_equal(second.rows(np.arange(2)), expected[3:5])
+    for count, first, said in ((len(expected) + 1, 0, ""), (len(expected), 1, " from window 1 on")):
+        with pytest.raises(UserError, match=rf"{count} windows of 64 \+ 1 tokens{said} were asked for") as caught:
+            talk_store.windows(64, count, first)
+        assert f"it has {len(expected)}" in one_line(caught)
+        said = f"{windows.left_out} conversations are longer than a window); ask for fewer or shorter windows"
+        assert said in str(caught.value)
+    with pytest.raises(UserError, match=r"it has 0 .* are longer than a window\); ask for fewer or longer windows"):
+        talk_store.windows(8, 1)
+    with pytest.raises(UserError, match=r"it has \d+ \(\d+ tokens\); ask for fewer or shorter windows"):
+        talk_store.windows(1000, 10**6)
+
+
+def test_validation_windows_of_conversations_are_packed(talk_store):
+    ids = np.fromfile(talk_store.folder / "validation.bin", "<u4")
+    expected = windows_by_hand(ids, 64, talk_store.tokenizer.eos_id)
+    for limit in (3, 10**9):
+        rows = talk_store.validation_windows(64, limit)
+        assert rows.dtype == np.int32
+        np.testing.assert_array_equal(rows, expected[:limit])
+    assert ((expected & LEARNT) != 0).any(axis=1).all()  # no window from which nothing is learnt
+    with pytest.raises(
+        UserError, match=r"\d+ tokens, \d+ conversations are longer than a window, .* take longer windows"
+    ) as caught:
+        talk_store.validation_windows(4, 5)
+    one_line(caught)
+
+
+def test_a_store_of_conversations_is_opened_as_it_was_written(talk_store, talk_corpus, tmp_path):
+    again = prepared(talk_corpus, talk_store.folder.parent.parent)
+    assert again == talk_store
+    assert (again.chat, again.end_id) == (talk_store.chat, talk_store.tokenizer.eos_id)
+    assert again.questions(20) == talk_store.questions(20)
+    assert contents(prepared(talk_corpus, tmp_path).folder) == contents(talk_store.folder)
+
+
+def test_a_store_of_conversations_depends_on_no_commits(talk_store, talk_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest, "_BATCH_DOCUMENTS", 7)
+    assert contents(prepared(talk_corpus, tmp_path).folder) == contents(talk_store.folder)
+
+
+def test_another_template_makes_another_store(talk_store, talk_corpus, tmp_path):
+    root = talk_store.folder.parent.parent
+    for change in ({"system": "{content}"}, {"user": "Q: {content}\n"}, {"assistant": "A: {content}"}):
+        other = prepared(dataclasses.replace(talk_corpus, template=Template(**change)), root)
+        assert other.folder != talk_store.folder
+        assert other.sha256 != talk_store.sha256
+        assert other.tokenizer == talk_store.tokenizer  # which knows nothing of the template
+        assert other.meta["documents"] == talk_store.meta["documents"]
+
+
+def test_a_template_that_the_tokenizer_cannot_write_leaves_nothing_behind(talk_corpus, tmp_path):
+    wrong = dataclasses.replace(talk_corpus, template=Template(end_of_turn="<|im_end|>"))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"template\.end_of_turn '<\|im_end\|>' is no special token") as caught:
+            prepared(wrong, tmp_path)
+        one_line(caught)
+    assert not [path for path in (tmp_path / "corpora").rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+def test_conversations_that_are_all_for_testing_give_one_line(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "response": "b"}))
+    corpus = Corpus(source=Conversations(str(path)), vocabulary=257, validation_fraction=0.5, prompt_fraction=0.4999)
+    with pytest.raises(UserError, match="none of its 1 documents is for training") as caught:
+        prepared(corpus, tmp_path)
+    one_line(caught)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

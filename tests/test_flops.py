@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from natfp_jax import flops
-from natfp_jax.config import Model
+from natfp_jax.config import Lora, Model
 
 
 def test_operations_are_those_of_a_count_by_hand():
@@ -17,6 +17,13 @@ def test_operations_are_those_of_a_count_by_hand():
         3 * 8 * 16 * 6
     )  # scores and weighed values, 2 operations each, forward once and backward twice, half of them causal
     assert flops.per_token(model, 100, 16) == 6 * weights + attention
+
+
+def test_where_adapters_alone_are_trained_no_other_weight_has_a_gradient():
+    model, lora = Model(width=8, layers=3, heads=4, kv_heads=2, mlp_width=20), Lora(rank=2, targets=("q", "v", "down"))
+    adapters = 3 * ((8 * 2 + 2 * 8) + (8 * 2 + 2 * 4) + (20 * 2 + 2 * 8))  # q, v, down
+    weights = 3 * (2 * 64 + 2 * 32 + 3 * 160) + 800
+    assert flops.per_token(model, 100, 16, lora) == 4 * weights + 6 * adapters + 6 * 3 * 8 * 16
 
 
 def test_an_untied_embedding_is_looked_up_and_not_counted():

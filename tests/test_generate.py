@@ -1,5 +1,6 @@
 """One model by the folder of its checkpoint: the right weights and tokenizer, and texts to look at."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -8,13 +9,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 
-from natfp_jax.config import Sampling
+from natfp_jax import cli, generate
+from natfp_jax.config import Conversations, Corpus, Data, Experiment, Model, Optimiser, Sampling, Template
+from natfp_jax.corpus import prepare
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.generate import continuations
 from natfp_jax.lineage import weight_hash
-from natfp_jax.tokenizer import EOS
+from natfp_jax.progress import Progress
+from natfp_jax.tokenizer import EOS, Tokenizer
 from natfp_jax.trained import trained
+from natfp_jax.turns import draw
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +145,58 @@ def test_the_commands(out, tmp_path):
     assert exported.returncode == 0, exported.stderr
     assert {path.name for path in (tmp_path / "llama").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
     assert np.array([path.stat().st_size for path in (tmp_path / "llama").iterdir()]).min() > 0
+
+
+# --- a model of conversations -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def answering(train_arm, tmp_path_factory):
+    """The run of a model that has learnt to answer "Yes." and to end its turn, where EOS ends nothing."""
+    root = tmp_path_factory.mktemp("answering")
+    asked = [f"Is {n} one?" for n in range(200)]
+    (root / "talks.jsonl").write_text("".join(json.dumps({"prompt": text, "response": "Yes."}) + "\n" for text in asked))
+    library = tokenizers.Tokenizer.from_str(Tokenizer.train(iter(asked), 270).file.decode())
+    library.add_special_tokens(["<|user|>", "<|model|>", "<|end|>"])
+    library.save(str(root / "tokenizer.json"))
+    template = Template("{content}", "<|user|>{content}<|end|>", "<|model|>{content}", "<|end|>")
+    source = Conversations(str(root / "talks.jsonl"))
+    corpus = Corpus(source, template, tokenizer=str(root / "tokenizer.json"), validation_fraction=0.3)
+    store = prepare(corpus, root / "out", Progress(quiet=True))
+    data = Data(seq_len=32, windows=32, epochs=15, batch=8)
+    experiment = Experiment(corpus, Model(width=32, layers=1, heads=2), data, Optimiser(learning_rate=1e-2))
+    return train_arm(experiment, root / "out" / "runs" / "0123", store=store)
+
+
+def test_a_model_of_conversations_is_asked_in_its_template_and_ends_with_its_turn(answering, one_device, monkeypatch):
+    model, calls = trained(answering.folder, one_device), []
+
+    def seen(*args):
+        calls.append((args[4], draw(*args)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(generate, "draw", seen)
+    greedy = Sampling(new_tokens=8, greedy=True)
+    for prompt in ("Is 7 one?", "  Is 7 one?\n", "Is <|end|> one?"):
+        assert continuations(model, prompt, 2, greedy, one_device) == ["Yes.", "Yes."]
+        asked, (drawn,) = calls[-1]
+        tokenizer, (user, answer, end) = model.tokenizer, map(model.tokenizer.special, ("<|user|>", "<|model|>", "<|end|>"))
+        assert asked == [[tokenizer.eos_id, user, *tokenizer.encode(prompt.strip()), end, answer]] * 2
+        assert drawn.id_NW[0, : drawn.length_N[0]].tolist() == [*tokenizer.encode("Yes."), end]
+        assert drawn.length_N[0] < 8
+        assert end != tokenizer.eos_id
+
+
+def test_a_question_must_be_one_and_fit(answering, one_device):
+    model = trained(answering.folder, one_device)
+    for prompt in ("", " \n"):
+        with pytest.raises(UserError, match=r"is asked nothing: give a question \(--prompt\)"):
+            continuations(model, prompt, 1, Sampling(), one_device)
+    with pytest.raises(UserError, match="the prompt has 33 tokens with EOS, the model was trained on 32 at a time"):
+        continuations(model, "!" * 29, 1, Sampling(), one_device)
+
+
+def test_the_command_writes_question_and_answer_on_lines_of_their_own(answering, one_device, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_trained", lambda path, tokenizer: (trained(path, one_device, tokenizer), one_device))
+    cli.generate(answering.folder, prompt="Is 7 one?", greedy=True, new_tokens=8)
+    assert capsys.readouterr().out == "Is 7 one?\nYes.\n"

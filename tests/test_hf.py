@@ -192,6 +192,13 @@ def test_the_folder_says_what_the_model_is(tokenizer, tmp_path):
     assert len({stat.S_IMODE(path.stat().st_mode) for path in read.values()}) == 1  # readable by the same people
 
 
+def test_what_ends_a_turn_ends_a_text(tokenizer, tmp_path):
+    export(weights(TIED, tokenizer), TIED, tokenizer, CONTEXT, tmp_path / "out", end=7)
+    for name in ("config.json", "generation_config.json"):
+        said = json.loads((tmp_path / "out" / name).read_text())
+        assert (said["eos_token_id"], said["bos_token_id"]) == (7, tokenizer.eos_id)
+
+
 def test_what_a_tokenizer_file_adds_to_texts_is_left_out(tokenizer, tmp_path):
     """Our ids are without it: a user's file may cut texts, fill them up, or put ids in front."""
     import tokenizers

@@ -3,13 +3,15 @@
 import io
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from natfp_jax.config import Sampling
 from natfp_jax.errors import UserError
-from natfp_jax.prompts import prompts_of
+from natfp_jax.packing import BEGINS, IDS
+from natfp_jax.prompts import Prompts, prompts_of
 from natfp_jax.tokenizer import EOS
 
 TEXTS = ["One upon a time", "  two\tspaces ", "ünï \N{GRINNING FACE} code", "no <|eos|> here", "One upon a time", "last\\n"]
@@ -88,6 +90,85 @@ def test_a_prompt_longer_than_the_context_is_named(tiny_store, tmp_path):
         found.check(tiny_store.tokenizer, length - 1, "FILE")
     said = f"has {length} tokens with EOS, the models' context (data.seq_len) has {length - 1}: shorten it"
     assert f"prompt 4 of FILE, '{'word ' * 8}...', {said}" in str(caught.value)
+
+
+# --- of conversations -------------------------------------------------------------------------------------------------
+
+
+def begun_in(store, name):
+    """The ids of the examples of a part, as tuples."""
+    ids = np.concatenate([np.fromfile(path, "<u4") for path in sorted(store.folder.glob(name))])
+    return [tuple((one & IDS).tolist()) for one in np.split(ids, np.flatnonzero(ids & BEGINS)[1:])]
+
+
+def test_prompts_of_conversations_are_their_held_out_questions(talk_store):
+    held = [json.loads(line) for line in (talk_store.folder / "prompts.jsonl").read_bytes().splitlines()]
+    questions = {}  # text → document, in the order of documents
+    for line in sorted(held, key=lambda line: line["id"]):
+        system = "".join(f"{message['content']}\n" for message in json.loads(line["text"]) if message["role"] == "system")
+        asked = next(message["content"] for message in json.loads(line["text"]) if message["role"] == "user")
+        questions.setdefault(f"{system}Question:\n{asked}\nAnswer:\n", line["id"])
+    found = prompts_of(talk_store, Sampling(prompts=len(questions)))
+    assert sorted(zip(found.texts, found.documents, strict=True)) == sorted(questions.items())
+    assert found.documents == sorted(found.documents)
+    assert len(set(found.documents)) < len(set(found.ids)) == len(questions) < len(held)
+    tokenizer = talk_store.tokenizer
+    encoded = found.encoded(tokenizer)
+    assert [tokenizer.decode(ids) for ids in encoded] == found.texts
+    assert [(ids[0], ids.count(tokenizer.eos_id)) for ids in encoded] == [(tokenizer.eos_id, 1)] * len(encoded)
+    seen = [*begun_in(talk_store, "train-*.bin"), *begun_in(talk_store, "validation.bin")]
+    assert not [ids for ids in encoded if any(one[: len(ids)] == tuple(ids) for one in seen)]
+    with pytest.raises(UserError, match=f"the corpus has {len(questions)} prompts, 9999 were asked for") as caught:
+        prompts_of(talk_store, Sampling(prompts=9999))
+    assert "\n" not in str(caught.value)
+
+
+def test_more_questions_begin_with_the_same(talk_store):
+    many, few = (prompts_of(talk_store, Sampling(prompts=count)) for count in (40, 10))
+    assert many.part(0, 10).table.equals(few.table)
+    assert many.part(0, 10).sha256 == few.sha256 != many.sha256
+    assert many.part(3, 5).encoded(talk_store.tokenizer) == many.encoded(talk_store.tokenizer)[3:8]
+
+
+def test_questions_that_the_context_has_no_room_for_are_left_out(talk_store):
+    tokenizer, everything = talk_store.tokenizer, talk_store.questions(50)
+    context = sorted(len(prompt.ids) for prompt in everything)[25]
+    fitting = [prompt for prompt in everything if len(prompt.ids) <= context]
+    found = prompts_of(talk_store, Sampling(prompts=len(fitting)), context)
+    assert found.ids == [prompt.id for prompt in fitting]
+    assert found.check(tokenizer, context, "the corpus") == context
+    with pytest.raises(UserError, match="the corpus has 0 prompts of at most 3 tokens, 1 were asked for"):
+        prompts_of(talk_store, Sampling(prompts=1), 3)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_file_asks_a_model_of_conversations_in_its_template(talk_store, tmp_path, kind):
+    path = written(tmp_path, kind, [*TEXTS, f"{TEXTS[0]} ", "Question:\\n"])
+    found = read(talk_store, path, 6)
+    stripped = [*dict.fromkeys(text.strip() for text in TEXTS), "Question:\\n"]
+    assert found.texts == [f"Question:\n{text}\nAnswer:\n" for text in stripped]
+    assert len(set(found.ids)) == len(set(found.documents)) == 6
+    asked = talk_store.chat.asked([[{"role": "user", "content": text}] for text in stripped])
+    assert found.encoded(talk_store.tokenizer) == asked
+    with pytest.raises(UserError, match="has 6 different prompts, 7 were asked for"):
+        read(talk_store, path, 7)
+
+
+def test_a_file_that_asks_what_a_conversation_asks_has_its_ids(talk_store, tmp_path):
+    held = next(prompt for prompt in talk_store.questions(40) if prompt.text.startswith("Question:\n"))
+    text = held.text.removeprefix("Question:\n").removesuffix("\nAnswer:\n")
+    (ids,) = read(talk_store, written(tmp_path, "txt", [text]), 1).encoded(talk_store.tokenizer)
+    assert tuple(ids) == held.ids
+
+
+def test_equal_texts_of_other_ids_are_other_prompts(talk_store, tmp_path):
+    """What a text does not say of its form is in the hash."""
+    one = read(talk_store, written(tmp_path, "txt"))
+    other = pa.array([ids[1:] for ids in one.encoded(talk_store.tokenizer)], one.table["ids"].type)
+    assert one.sha256 != Prompts(one.table.set_column(3, "ids", other)).sha256
+
+
+# --- what does not do -------------------------------------------------------------------------------------------------
 
 
 def no_utf8():

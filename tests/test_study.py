@@ -15,6 +15,7 @@ from natfp_jax.config import (
     Factor,
     MachineDocs,
     Model,
+    Parent,
     Perturb,
     Sampling,
     Seeds,
@@ -311,7 +312,10 @@ def test_levels_of_many_fields_are_called_by_what_differs():
     assert labels(Factor("corpus.source", (Tfds("wiki40b/en"), Tfds("lm1b")))) == ["wiki40b/en", "lm1b"]
     assert labels(Factor("optimiser", ({"kind": "lion"}, {"learning_rate": 1e-3}))) == ["lion", "learning_rate0.001"]
     refused(Study(name="s", factors=(Factor("seeds", (Seeds(),)),)), "seeds", "at least two")
-    assert labels(Factor("perturb", (None, Perturb()))) == ["null", '{"index":0,"parameter":"layers/attention/q","ulps":1}']
+    assert labels(Factor("perturb", (None, Perturb()))) == ["none", "perturb"]
+    assert labels(Factor("perturb", (Perturb(), None, Perturb(ulps=8)))) == ["ulps1", "none", "ulps8"]
+    assert labels(Factor("parent", (Parent(Experiment()), None))) == ["parent", "none"]
+    assert Factor("parent.experiment.parent.experiment.seeds.init", (0, 1)).name == "parent_parent_init"
 
 
 @given(studies(), st.sampled_from([(), (3,), (4, 3), (9,)]))

@@ -112,7 +112,7 @@ def test_the_same_rows_are_fed_on_every_mesh(shape, tiny, tiny_store, train_arm,
     """The trainer runs with a step that only looks at its batch; the hash is then that of what it saw."""
     fed = []
 
-    def look(state, numbers, windows_KBT, asked_N):
+    def look(state, numbers, windows_KBT, asked_N, noise_K2):
         (windows_BT,) = {row.tobytes(): row for row in np.asarray(windows_KBT)}.values()
         fed.append(windows_BT)
         one_K = np.ones(len(windows_KBT), np.float32)
@@ -332,7 +332,7 @@ def failing(steps, monkeypatch, validation=()):
     """
     seen = []
 
-    def step(state, numbers, windows_KBT, asked_N):
+    def step(state, numbers, windows_KBT, asked_N, noise_K2):
         seen.append(None)
         values = {"loss": np.float32([1]), "gradient_norm": np.float32([2]), "asked": asked_N.max()}
         if len(seen) in steps:
