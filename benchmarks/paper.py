@@ -31,6 +31,8 @@ DRAWN = {
     ("early", "courses"): ("early_weights.py",),
     ("early", "components"): ("early_weights.py",),
     ("long", "courses"): ("long.py",),
+    ("sft-parents", "courses"): ("sft.py", "part=parents"),
+    ("sft-parents", "components"): ("sft.py", "part=parents"),
 }
 
 Summary = dict[str, Any]
@@ -87,6 +89,23 @@ CLAIMS = [
     *_over("long training: init", "long.py", "init", EPOCHS),
     *_over("long training: order", "long.py", "order", EPOCHS),
     *_over("long training: the twin", "long.py", "twin", EPOCHS),
+    Claim("fine-tuning: order", ("sft.py",), "order"),
+    Claim("fine-tuning: dropout", ("sft.py",), "dropout"),
+    Claim("fine-tuning: learning rate", ("sft.py",), "learning_rate"),
+    Claim("fine-tuning: other conversations", ("sft.py",), "first"),
+    Claim("fine-tuning: the twin", ("sft.py",), "twin"),
+    Claim("adapters: their init", ("sft.py", "part=lora"), "init"),
+    Claim("adapters: order", ("sft.py", "part=lora"), "order"),
+    Claim("adapters: init and order", ("sft.py", "part=lora"), "seeds"),
+    Claim("adapters: the twin", ("sft.py", "part=lora"), "twin"),
+    *(
+        Claim(f"the parent's init, {when}", ("sft.py", "part=parents"), "parent_init", checkpoint=place)
+        for place, when in {0: "before fine-tuning", 1: "at 10 %", 2: "at 30 %", 3: "in the end"}.items()
+    ),
+    *(
+        Claim(f"beside another parent: order, {when}", ("sft.py", "part=parents"), "order", checkpoint=place)
+        for place, when in {2: "at 30 %", 3: "in the end"}.items()
+    ),
 ]
 
 

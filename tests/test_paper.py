@@ -19,8 +19,8 @@ from tests.soak import meshes
 PAPER = Path(__file__).parent.parent / "configs" / "paper"
 SCALES = ("toy", "small", "paper")
 STUDIES = [
-    *((name, ()) for name in ("data", "size", "optimiser", "seeds", "early_weights", "long")),
-    *(("seeds", ("part=twin",)), ("long", ("text=stories",))),
+    *((name, ()) for name in ("data", "size", "optimiser", "seeds", "early_weights", "long", "sft")),
+    *(("seeds", ("part=twin",)), ("long", ("text=stories",)), ("sft", ("part=lora",)), ("sft", ("part=parents",))),
 ]
 
 
@@ -77,7 +77,7 @@ def test_disjoint_halves_are_disjoint(scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_what_several_studies_need_is_one_run(scale):
     """One base arm, and the same checkpoints of it: whoever comes second finds all that it wants."""
-    some = [loaded(name, settings, scale) for name, settings in STUDIES if name != "long"]
+    some = [loaded(name, settings, scale) for name, settings in STUDIES if name not in ("long", "sft")]
     assert len({config.fingerprint(arms(study)[0].experiment) for study in some}) == 1
     assert len({tuple(arms(study)[0].experiment.kept_steps(study.kept_fractions)) for study in some}) == 1
     seeds, early, twin = (
@@ -85,6 +85,13 @@ def test_what_several_studies_need_is_one_run(scale):
         for one in (("seeds", ()), ("early_weights", ()), ("seeds", ("part=twin",)))
     )
     assert twin <= seeds
+    base = arms(some[0])[0].experiment
+    for settings in ((), ("part=lora",), ("part=parents",)):  # of which the others' base arm is the parent
+        study = loaded("sft", settings, scale)
+        first = arms(study)[0].experiment
+        assert first.parent.experiment == base
+        assert {first.parent.step} <= set(base.kept_steps(some[0].kept_fractions))
+        assert first.model == base.model
     assert len(early - seeds) == (0 if scale == "toy" else 16 - 10)  # a larger grid has combinations of its own
 
 

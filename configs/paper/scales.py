@@ -12,6 +12,9 @@ The corpora of `small` are prepared once where there is a network; those of `pap
     python -c "import tensorflow_datasets as tfds, tensorflow_datasets.text.wiki40b, tensorflow_datasets.text.lm1b
     for name in ('wiki40b/en', 'lm1b'): tfds.builder(name).download_and_prepare()"
 
+sft.py takes the conversations of these two scales from `conversations.jsonl`, in the folder that the command is given in: such
+as Hugging Face `datasets` writes of HuggingFaceH4/ultrachat_200k. Half of it is for the prompts of `paper`.
+
 `small` and `paper` are sized by counting, and have not been run.
 """
 
@@ -19,18 +22,22 @@ from typing import Literal
 
 from natfp_jax.config import (
     Attribution,
+    Conversations,
     Corpus,
     Data,
     Experiment,
     MachineDocs,
+    MachineQA,
     Mesh,
     Model,
     Optimiser,
+    Parent,
     Run,
     Sampling,
     Seeds,
     Source,
     Stories,
+    Template,
     Tfds,
 )
 
@@ -62,6 +69,35 @@ EXPERIMENTS = {
         data=Data(seq_len=1024, windows=2_097_152, epochs=1, batch=512),
         optimiser=Optimiser(learning_rate=5e-4),
         seeds=Seeds(init=0, order=0),
+    ),
+}
+# What the base arm is trained further on, in fine-tuning.
+CHILDREN = {
+    "toy": Experiment(
+        corpus=Corpus(
+            source=MachineQA(), template=Template(user="Q: {content}\n", assistant="A: {content}"), prompt_fraction=0.15
+        ),
+        model=EXPERIMENTS["toy"].model,
+        data=Data(seq_len=96, windows=3200, epochs=2, batch=32),
+        optimiser=Optimiser(learning_rate=1e-3),
+        dropout=0.1,
+        parent=Parent(EXPERIMENTS["toy"]),
+    ),
+    "small": Experiment(
+        corpus=Corpus(source=Conversations("conversations.jsonl"), validation_fraction=0.01, prompt_fraction=0.15),
+        model=EXPERIMENTS["small"].model,
+        data=Data(seq_len=512, windows=25_600, epochs=1, batch=64),
+        optimiser=Optimiser(learning_rate=2e-4),
+        dropout=0.1,
+        parent=Parent(EXPERIMENTS["small"]),
+    ),
+    "paper": Experiment(
+        corpus=Corpus(source=Conversations("conversations.jsonl"), validation_fraction=0.002, prompt_fraction=0.5),
+        model=EXPERIMENTS["paper"].model,
+        data=Data(seq_len=1024, windows=51_200, epochs=1, batch=128),
+        optimiser=Optimiser(learning_rate=5e-5),
+        dropout=0.1,
+        parent=Parent(EXPERIMENTS["paper"]),
     ),
 }
 OTHER_CORPUS: dict[Scale, Source] = {"toy": Stories(), "small": Tfds("lm1b"), "paper": Tfds("c4/realnewslike")}
