@@ -175,7 +175,7 @@ def hosts(
 
 
 def _until_saved(both: list[subprocess.Popen], out: Path, notes: Path) -> None:
-    until = time.monotonic() + 90
+    until = time.monotonic() + meshes.STUCK
     while not _saved(out):
         if time.monotonic() > until or any(process.poll() is not None for process in both):
             raise RuntimeError(f"no restart state was saved: {_last_line(notes / '0.err')}; {_last_line(notes / '1.err')}")
