@@ -18,7 +18,7 @@ from natfp_jax.corpus import Store, opened
 from natfp_jax.errors import UserError
 from natfp_jax.progress import Progress
 from natfp_jax.runs import RunFolder
-from natfp_jax.study import Arm, arms, draws, parents
+from natfp_jax.study import PARENT_OF, Arm, arms, draws, parents
 
 __all__ = ["REPLAYED", "audit"]
 
@@ -43,8 +43,8 @@ def audit(out: Path, progress: Progress, replayed: int = REPLAYED) -> list[Claim
     studies = [_Study.read(path, claims) for path in sorted((out / "studies").glob("*/study.json"))]
     names = dict[str, str]()
     for one in filter(None, studies):  # what is an arm of one study may be a parent in another
-        for name, entry in sorted(one.listed.items(), key=lambda entry: entry[0] in one.arms):
-            names[entry["fingerprint"]] = f"arm {name}" if name in one.arms else f"the {name}"
+        for name, entry in sorted(one.listed.items(), key=lambda entry: not entry[0].startswith(PARENT_OF)):
+            names[entry["fingerprint"]] = f"the {name}" if name.startswith(PARENT_OF) else f"arm {name}"
     known = dict[str, AuditedRun]()
     runs = [AuditedRun(RunFolder(folder), names, stores, known) for folder in folders]
     known |= {run.fingerprint: run for run in runs if run.readable(claims)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from natfp_jax import checkpoint, config, files, lineage, lora, mesh, params
+from natfp_jax import checkpoint, config, descent, files, lineage, lora, mesh, params
 from natfp_jax.claims import Claim, attempt, guarded, short, unless
 from natfp_jax.config import Experiment, Run
 from natfp_jax.corpus import Store
@@ -89,10 +89,10 @@ class AuditedRun:
     def _parent_weights(self, devices: jax.sharding.Mesh) -> Callable[[], Params] | None:
         """What reads the weights that a child begins with."""
         assert self.store is not None
-        descent, run = self.experiment.parent, self.parent
-        if descent is None or run is None:
+        origin, run = self.experiment.parent, self.parent
+        if origin is None or run is None:
             return None
-        return partial(load_weights, run.run, descent.step, run.experiment, self.store.tokenizer.padded_size, devices)
+        return partial(load_weights, run.run, origin.step, run.experiment, self.store.tokenizer.padded_size, devices)
 
     @cached_property
     def _begun(self) -> Params | None:
@@ -101,7 +101,7 @@ class AuditedRun:
             return None
         parent, specs = self._parent_weights(self._devices()), self._specs
         one = self.experiment
-        return lora.begun(specs, one.seeds.init, None, one.perturb, None if parent is None else parent())
+        return descent.begun(specs, one.seeds.init, None, one.perturb, None if parent is None else parent())
 
     @cached_property
     def _specs(self) -> dict[str, params.Spec]:
@@ -204,15 +204,15 @@ class AuditedRun:
         return all(there[name] == here[name] for name in names) and there["versions"]["jax"] == here["versions"]["jax"]
 
     def _init(self) -> Claim:
-        seed, descent = self.experiment.seeds.init, self.experiment.parent
+        seed, origin = self.experiment.seeds.init, self.experiment.parent
         claim = f"the weights of step 0 are those of init seed {seed}"
-        if descent is not None:
+        if origin is not None:
             whose = f"run {self.inputs['parent'][:16]}" if self.parent is None else self.parent.subject
-            claim = f"the weights of step 0 are those of step {descent.step} of {whose}"
+            claim = f"the weights of step 0 are those of step {origin.step} of {whose}"
             claim += f", and adapters of init seed {seed}" if self.experiment.lora else ""
         if not self.records:
             return Claim(self.subject, claim, "recorded", "there is no checkpoint")
-        if descent is not None and self.parent is None:
+        if origin is not None and self.parent is None:
             return Claim(self.subject, claim, "recorded", "its parent is not here")
         wrong = {step: record["init_hash"] for step, record in self.records.items() if record["init_hash"] != self.init_hash}
         if 0 in self.records and self.records[0]["weights"] != self.init_hash:
@@ -221,9 +221,9 @@ class AuditedRun:
             return Claim(self.subject, claim, "proven")
         step, got = next(iter(wrong.items()))
         named = self._named(got)
-        gives = "the seed gives" if descent is None else "they are"
+        gives = "the seed gives" if origin is None else "they are"
         detail = f"checkpoint {step} says {short(got)}, {gives} {short(self.init_hash)}{named or ''}"
-        copied = descent is not None and descent.experiment.lora is None and self.experiment.lora is None
+        copied = origin is not None and origin.experiment.lora is None and self.experiment.lora is None
         if named or copied or self._same_software(step):
             return Claim(self.subject, claim, "false", detail)
         return Claim(self.subject, claim, "recorded", f"{detail}; it was made by another machine or version of jax")
@@ -336,8 +336,8 @@ class AuditedRun:
         return None
 
     def _descent(self) -> Claim:
-        descent, claim = self.experiment.parent, "each checkpoint names the parent's that it begins with"
-        assert descent is not None
+        origin, claim = self.experiment.parent, "each checkpoint names the parent's that it begins with"
+        assert origin is not None
         run, one = self.parent, self.experiment
         if one.lora is None and one.perturb is None and 0 in self.records:  # it is a copy, wherever that was made
             copied = self.records[0].get("origin", {}).get("weights")
@@ -349,19 +349,14 @@ class AuditedRun:
         def wrong() -> str | None:
             if other := unless(run.inputs["tokenizer"], self.inputs["tokenizer"], "its tokenizer is"):
                 return other
-            if other := unless(config.fingerprint(descent.experiment, run.inputs), run.fingerprint, "its parent is said to be"):
+            if other := unless(config.fingerprint(origin.experiment, run.inputs), run.fingerprint, "its parent is said to be"):
                 return other
-            if descent.step not in run.records:
-                return f"{run.subject} has no checkpoint at step {descent.step}"
-            expected = {name: run.records[descent.step][name] for name in ("fingerprint", "step", "weights")}
+            if origin.step not in run.records:
+                return f"{run.subject} has no checkpoint at step {origin.step}"
+            expected = {name: run.records[origin.step][name] for name in ("fingerprint", "step", "weights")}
             for step, record in self.records.items():
                 if (got := record.get("origin")) != expected:
-                    said = (
-                        "none" if got is None else f"step {got['step']} of {short(got['fingerprint'])}, {short(got['weights'])}"
-                    )
-                    return (
-                        f"checkpoint {step} names {said}; step {descent.step} of {run.subject} is {short(expected['weights'])}"
-                    )
+                    return f"checkpoint {step} names {_checkpoint(got)}, expected {_checkpoint(expected)}"
             return None
 
         return attempt(self.subject, claim, wrong)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -73,6 +74,11 @@ class Chat:
 
     def _form(self, text: str) -> list[int]:
         return self.tokenizer.encode_form(text) if text else []
+
+    @property
+    def dtype(self) -> Literal["<u4"]:
+        """What holds the marks of an id too."""
+        return "<u4"
 
     def document(self, text: str) -> Document:
         """The conversation with this text."""

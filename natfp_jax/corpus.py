@@ -21,7 +21,7 @@ from natfp_jax import chat, config, documents
 from natfp_jax.chat import Chat
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.files import canonical_json, manifest, read_remade, verify, write_json
-from natfp_jax.ingest import PROMPTS, VALIDATION, Document, Plain, forget, ingest, shard_names, token_dtype, training_sample
+from natfp_jax.ingest import PROMPTS, VALIDATION, Document, Plain, forget, ingest, shard_names, training_sample
 from natfp_jax.lock import alone
 from natfp_jax.packing import Packed
 from natfp_jax.progress import Progress
@@ -107,6 +107,11 @@ class Store:
 
     def _shards(self) -> list[np.ndarray]:
         return [open_ids(self.folder / name, self.meta["dtype"]) for name in shard_names(self.meta["corpus"]["shards"])]
+
+    def left_out(self, seq_len: int) -> int:
+        """How many conversations are longer than such a window; of text, none."""
+        packed = self._packed(seq_len)
+        return 0 if packed is None else packed.left_out
 
     def _packed(self, seq_len: int) -> Packed | None:
         """All windows of conversations; looked through once, whoever asks."""
@@ -261,16 +266,17 @@ def _write(
     else:
         language = (chat.document, chat.contents) if corpus.conversations else (Document.of, str)
         tokenizer = given or Tokenizer.train(training_sample(texts, corpus, progress, *language), corpus.vocabulary)
-        if corpus.conversations:
-            _ = Chat(tokenizer, corpus.template).end  # what is wrong with the template is known before anything is written
+    form = Chat(tokenizer, corpus.template) if corpus.conversations else Plain(tokenizer)
+    if isinstance(form, Chat):
+        _ = form.end  # what is wrong with the template is known before anything is written
+    if not seal.exists():
         tokenizer.save(path)
         write_json(seal, manifest(folder, [_TOKENIZER]))
-    form = Chat(tokenizer, corpus.template) if corpus.conversations else Plain(tokenizer)
     counts = ingest(texts, form, corpus, folder, progress)
     if not counts["train"]:
         raise UserError(f"the corpus is too small: none of its {counts['read']} documents is for training; add documents")
     shards = shard_names(corpus.shards)
-    dtype = "<u4" if corpus.conversations else token_dtype(tokenizer.size)
+    dtype = form.dtype
     store = manifest(folder, (*shards, VALIDATION, PROMPTS, _TOKENIZER))
     tokens = {name: store[name]["bytes"] // np.dtype(dtype).itemsize for name in (*shards, VALIDATION)}
     meta = {

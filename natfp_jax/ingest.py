@@ -86,6 +86,10 @@ class Document(NamedTuple):
 class Form(Protocol):
     """How documents are written as ids."""
 
+    @property
+    def dtype(self) -> Literal["<u2", "<u4"]:
+        """The type of the ids on disk."""
+
     def document(self, text: str, /) -> Document:
         """The document with this text."""
 
@@ -99,13 +103,18 @@ class Plain:
 
     tokenizer: Tokenizer
 
+    @property
+    def dtype(self) -> Literal["<u2", "<u4"]:
+        """The smallest that holds every id."""
+        return token_dtype(self.tokenizer.size)
+
     def document(self, text: str) -> Document:
         """The document with this text."""
         return Document.of(text)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text."""
-        dtype, eos = token_dtype(self.tokenizer.size), self.tokenizer.eos_id
+        eos, dtype = self.tokenizer.eos_id, self.dtype
         return [np.array([*ids, eos], dtype) for ids in self.tokenizer.encode_batch(texts)]
 
 
@@ -242,8 +251,7 @@ def _batches(documents: Texts, form: Form, start: int) -> Iterator[list[Document
     batch: list[Document] = []
     size = 0
     for index in range(start, len(documents)):
-        text = documents[index]
-        batch.append(form.document(text) if text else Document.of(text))
+        batch.append(form.document(documents[index]))
         size += len(batch[-1].text)
         if len(batch) >= _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
             yield batch

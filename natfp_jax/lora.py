@@ -1,26 +1,22 @@
 """Low-rank adaptation (Hu et al., 2021, arXiv 2106.09685): a matrix W of a parent becomes W + alpha / rank · A B.
 
-Owns which parameters an experiment has and which of them it trains, how adapters are called and begin, and how they become one
-with what they adapt. Must not know the forward pass, or where a parent comes from.
+Owns which parameters an experiment has and which of them it trains, and how adapters are called. Must not know the forward
+pass, or values.
 """
 
 import math
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from natfp_jax import params, processes
-from natfp_jax.config import Lora, Model, Perturb
+from natfp_jax import params
+from natfp_jax.config import Lora, Model
 from natfp_jax.errors import UserError
 from natfp_jax.params import Params, Spec, flatten, nest
 
-__all__ = ["A", "B", "adapters", "begun", "joined", "merged", "split", "table"]
+__all__ = ["A", "B", "adapted", "adapters", "joined", "split", "table"]
 
 A, B = "_lora_a", "_lora_b"  # behind the path of the matrix that they adapt
 
 
-def _adapted(lora: Lora) -> dict[str, str]:
+def adapted(lora: Lora) -> dict[str, str]:
     """Path of each adapted matrix → the letters of its input, behind those of the layer."""
     where = {"q": "attention", "k": "attention", "v": "attention", "o": "attention"}
     inputs = {"o": "NH", "down": "F"}
@@ -43,7 +39,7 @@ def adapters(model: Model, vocabulary: int, lora: Lora) -> dict[str, Spec]:
         return Spec(letters, tuple(size[letter] for letter in letters), scale, decay=True)
 
     found = {}
-    for path, inputs in _adapted(lora).items():
+    for path, inputs in adapted(lora).items():
         if path not in specs:
             raise UserError(f'lora.targets names "{path.rpartition("/")[2]}", which a model with mlp="{model.mlp}" lacks')
         outputs = specs[path].dims.removeprefix("L" + inputs)
@@ -55,29 +51,6 @@ def adapters(model: Model, vocabulary: int, lora: Lora) -> dict[str, Spec]:
 def table(model: Model, vocabulary: int, lora: Lora | None) -> dict[str, Spec]:
     """All parameters of an experiment: the decoder's, and the adapters where there are any."""
     return {**params.table(model, vocabulary), **(adapters(model, vocabulary, lora) if lora else {})}
-
-
-def begun(
-    specs: dict[str, Spec], seed: int, shardings: Params | None, perturb: Perturb | None, parent: Params | None
-) -> Params:
-    """The parameters of step 0: all from the init seed, or those of a parent as they are and the adapters from the seed.
-
-    A twin has `perturb`: one of them moved by so many units in the last place.
-    """
-    if parent is None:
-        return params.init(specs, seed, shardings, perturb)
-    there = flatten(parent)
-    if perturb is not None:
-        params.check_perturb({path: spec.shape for path, spec in specs.items()}, perturb)
-    own = {path: spec for path, spec in specs.items() if path not in there}
-    laid = None if shardings is None else nest({path: flatten(shardings)[path] for path in own})
-    moved = perturb if perturb is not None and perturb.parameter in own else None
-    leaves = {**there, **(flatten(params.init(own, seed, laid, moved)) if own else {})}
-    if perturb is not None and moved is None:
-        leaf = leaves[perturb.parameter]
-        host = params.perturbed(processes.gathered(leaf), perturb)
-        leaves[perturb.parameter] = params.laid(host, leaf.sharding)
-    return nest({path: leaves[path] for path in specs})
 
 
 def split(tree: Params, lora: Lora | None) -> tuple[Params, Params]:
@@ -92,27 +65,3 @@ def split(tree: Params, lora: Lora | None) -> tuple[Params, Params]:
 def joined(trained: Params, still: Params) -> Params:
     """The inverse of `split`."""
     return nest({**flatten(trained), **flatten(still)}) if still else trained
-
-
-@jax.jit
-def _sum(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    low_LIR, low_LRO = a.reshape(*a.shape[:1], -1, a.shape[-1]), b.reshape(*b.shape[:2], -1)
-    product = jnp.einsum("lir,lro->lio", low_LIR, low_LRO, precision=jax.lax.Precision.HIGHEST)
-    return w + scale * product.reshape(w.shape)
-
-
-def merged(tree: Params, lora: Lora | None, shardings: Params | None = None) -> Params:
-    """The decoder that computes the same without adapters: `params.table`'s parameters, float32.
-
-    Every matrix is made whole, on one device, and laid over the mesh after that, for the reason that `params.init` has.
-    """
-    if lora is None:
-        return tree
-    leaves = flatten(tree)
-    found = {path: leaf for path, leaf in leaves.items() if not path.endswith((A, B))}
-    laid = {} if shardings is None else flatten(shardings)
-    for path in _adapted(lora):
-        whole = processes.gathered([leaves[path], leaves[path + A], leaves[path + B]])
-        host = np.asarray(_sum(*whole, np.float32(lora.alpha / lora.rank)))
-        found[path] = jnp.asarray(host) if shardings is None else params.laid(host, laid[path])
-    return nest(found)

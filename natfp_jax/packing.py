@@ -11,7 +11,7 @@ Letters: B rows, T tokens, N examples, W windows.
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = ["BEGINS", "IDS", "LEARNT", "Packed", "written"]
 
 IDS = (1 << 29) - 1  # the bits of the id itself
 BEGINS = 1 << 29  # the first id of an example, which nothing before it is attended from
+_BLOCK = 1024  # windows that are read at once
 LEARNT = 1 << 30  # an id that the model learns to write
 
 
@@ -88,8 +89,7 @@ class Packed:
     @property
     def learnt(self) -> int:
         """How many ids of the windows are learnt, each time that they are seen."""
-        blocks = (self.rows(np.arange(first, min(first + 1024, self.count))) for first in range(0, self.count, 1024))
-        return sum(int((rows & LEARNT != 0).sum()) for rows in blocks)
+        return sum(int((rows & LEARNT != 0).sum()) for rows in self._blocks())
 
     @property
     def left_out(self) -> int:
@@ -123,6 +123,11 @@ class Packed:
     def sha256(self) -> str:
         """The pool's hash: sha256 over its windows in order, marks and padding too, as little-endian words of 32 bits."""
         digest = hashlib.sha256()
-        for first in range(0, self.count, 1024):
-            digest.update(self.rows(np.arange(first, min(first + 1024, self.count))).astype("<u4").tobytes())
+        for rows in self._blocks():
+            digest.update(rows.astype("<u4").tobytes())
         return digest.hexdigest()
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """All windows, some at a time."""
+        for first in range(0, self.count, _BLOCK):
+            yield self.rows(np.arange(first, min(first + _BLOCK, self.count)))

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from natfp_jax import lora, mesh, optim, packing, params, rng
+from natfp_jax import descent, lora, mesh, optim, packing, params, rng
 from natfp_jax.checkpoint import with_shardings
 from natfp_jax.config import Experiment, Optimiser, Run, shape
 from natfp_jax.corpus import Store
@@ -116,7 +116,7 @@ class Program:
     def init(self, seed: int, perturb: Any = None, parent: Callable[[], Params] | None = None) -> State:
         """One arm at step 0: all from the init seed, or a parent's weights, and from the seed what adapts them."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.one)
-        tree = lora.begun(self._specs, seed, shardings.params, perturb, None if parent is None else parent())
+        tree = descent.begun(self._specs, seed, shardings.params, perturb, None if parent is None else parent())
         trained, _ = lora.split(tree, self.shape.lora)
         return State(tree, jax.jit(self._start, out_shardings=shardings.optimiser)(trained))
 

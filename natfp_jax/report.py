@@ -19,7 +19,6 @@ from natfp_jax.page import markdown
 from natfp_jax.runs import metrics
 from natfp_jax.study import Arm, lacking
 from natfp_jax.tables import lines
-from natfp_jax.windows import Windows
 from natfp_jax.workspace import Workspace
 
 __all__ = ["report", "summarise"]
@@ -47,12 +46,13 @@ def summarise(work: Workspace) -> Summary:
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}, as another version wrote it: run `natfp attribute` again")
     records = {arm: _records(work, arm) for arm in (*work.parents, *work.arms)}
+    learnt = _learnt(work)
     summary = {
         "study": work.study.name,
         "fingerprint": files.read_json(work.folder / "study.json")["fingerprint"],
         "corpus": {"name": work.store.meta["name"], "sha256": work.store.sha256, "tokens": work.store.tokens},
         **{name: attributed[name] for name in ANALYSES},
-        "arms": [_arm(work, arm, records[arm][work.arms[arm].experiment.steps]) for arm in work.arms],
+        "arms": [_arm(work, arm, records[arm][work.arms[arm].experiment.steps], learnt) for arm in work.arms],
         "stages": _timings(work.folder / "timings.json"),
         "numerics": _numerics(work, records),
         "settings": {name: config.to_json(getattr(work.study, name)) for name in ("sampling", "attribution")},
@@ -72,7 +72,7 @@ def _records(work: Workspace, arm: str) -> dict[int, dict[str, Any]]:
     return {record["step"]: record for record in work.run_of(arm).records()}
 
 
-def _arm(work: Workspace, arm: str, last: dict[str, Any]) -> dict[str, Any]:
+def _arm(work: Workspace, arm: str, last: dict[str, Any], learnt: dict[str, dict[str, int]]) -> dict[str, Any]:
     experiment, base = work.arms[arm].experiment, next(iter(work.arms.values())).experiment
     return {
         "id": arm,
@@ -85,7 +85,7 @@ def _arm(work: Workspace, arm: str, last: dict[str, Any]) -> dict[str, Any]:
             lora.table(experiment.model, work.store_of(work.arms[arm]).tokenizer.padded_size, experiment.lora)
         ),
         **({"origin": last["origin"]} if "origin" in last else {}),
-        **_learnt(work.store_of(work.arms[arm]).pool(experiment.data)),
+        **learnt[work.identities[arm].inputs["pool"]],
         "seeds": {name: getattr(experiment.seeds, name) for name in experiment.deciding},
         "init_hash": last["init_hash"],
         "order_hash": last["order_hash"],
@@ -97,9 +97,15 @@ def _arm(work: Workspace, arm: str, last: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _learnt(pool: Windows | Packed) -> dict[str, int]:
-    """Of conversations, how many a pool holds, and how many ids of them are learnt."""
-    return {"examples": pool.examples, "learnt": pool.learnt} if isinstance(pool, Packed) else {}
+def _learnt(work: Workspace) -> dict[str, dict[str, int]]:
+    """The hash of each pool → of conversations, how many it holds, and how many ids of them are learnt."""
+    found = dict[str, dict[str, int]]()
+    for name, arm in work.arms.items():
+        sha256 = work.identities[name].inputs["pool"]
+        if sha256 not in found:  # it is read whole
+            pool = work.store_of(arm).pool(arm.experiment.data)
+            found[sha256] = {"examples": pool.examples, "learnt": pool.learnt} if isinstance(pool, Packed) else {}
+    return found
 
 
 def _numerics(work: Workspace, records: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
@@ -138,9 +144,9 @@ def _behind(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The records of all checkpoints that a checkpoint descends from, and its own; its parent's are of generation 1."""
     yield from ((generation, record) for step, record in records[arm.id].items() if step <= until)
-    if (origin := work.origin_of(arm)) is not None:
-        parent = next(one for one in work.parents.values() if one.experiment == origin.experiment)
-        yield from _behind(work, records, parent, origin.step, generation + 1)
+    parent, named = work.parent_of(arm), arm.experiment.parent
+    if parent is not None and named is not None:
+        yield from _behind(work, records, parent, named.step, generation + 1)
 
 
 def _distinct(records: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -23,7 +23,6 @@ from natfp_jax.errors import Failed, UserError
 from natfp_jax.lock import alone
 from natfp_jax.member import Member
 from natfp_jax.next_token import next_tokens
-from natfp_jax.packing import Packed
 from natfp_jax.progress import Progress
 from natfp_jax.runs import damaged_lines
 from natfp_jax.stopping import Stop
@@ -65,7 +64,7 @@ class Work(Workspace):
             try:
                 check(arm.experiment, self.store_of(arm), self.study.run, self.devices)
             except UserError as error:
-                raise UserError(f"{arm.id}: {error}") from None if arm.id in self.parents else error
+                raise UserError(f"{arm.id if arm.id in self.parents else f'arm {arm.id}'}: {error}") from None
         sampling = self.study.sampling
         for temperature in sampling.temperatures:
             strategy_of(sampling, temperature)
@@ -81,14 +80,10 @@ class Work(Workspace):
 
     def _tell_left_out(self) -> None:
         """Says of how many conversations nothing is learnt."""
-        pools = [(self.store_of(arm), arm.experiment.data) for arm in self.arms.values()]
-        for folder, left_out, length in dict.fromkeys(
-            (store.folder.name, pool.left_out, data.seq_len + 1)
-            for store, data in pools
-            if isinstance(pool := store.pool(data), Packed)
-        ):
-            if left_out:
-                self.progress.say(f"corpus {folder}: {left_out:,} conversations of more than {length} tokens are left out")
+        for corpus, length in dict.fromkeys((arm.experiment.corpus, arm.experiment.data.seq_len) for arm in self.arms.values()):
+            if left_out := self._stores[corpus].left_out(length):
+                folder = self._stores[corpus].folder.name
+                self.progress.say(f"corpus {folder}: {left_out:,} conversations of more than {length + 1} tokens are left out")
 
     @cached_property
     def encoder_files(self) -> dict[str, str]:
@@ -124,7 +119,7 @@ class Work(Workspace):
         every = [arm for arm in (*self.parents.values(), *self.arms.values()) if arm.id in todo]
 
         def together(arm: Arm) -> tuple[Any, ...]:
-            fractions = kept_fractions(self.study, arm.experiment)
+            fractions = kept_fractions(self.study, self.arms.values(), arm.experiment)
             return arm.id in self.arms, 0 if arm.id in self.arms else len(arm.experiment.ancestors), fractions
 
         for _, group in groupby(sorted(every, key=together), key=together):
@@ -139,7 +134,7 @@ class Work(Workspace):
         return [*(one.id for one in found if not self.run_of(one.id).complete(self.kept(one))), *lacking]
 
     def _train(self, todo: list[Arm]) -> None:
-        settings = replace(self.study.run, checkpoints=kept_fractions(self.study, todo[0].experiment))
+        settings = replace(self.study.run, checkpoints=kept_fractions(self.study, self.arms.values(), todo[0].experiment))
         called = "arms" if todo[0].id in self.arms else "parents" if len(todo) > 1 else "parent"
         with (
             self.timed("train") as amounts,

@@ -50,7 +50,7 @@ def _table(out: Path, path: Path) -> Table:
     trained, drawn = {}, {}  # arm → how many of how many
     every = arms(study)
     for arm in (*parents(every), *every):
-        steps = set(arm.experiment.kept_steps(kept_fractions(study, arm.experiment)))
+        steps = set(arm.experiment.kept_steps(kept_fractions(study, every, arm.experiment)))
         trained[arm.id] = len(steps & _finished(runs[arm.id])) if arm.id in runs else 0, len(steps)
         drawn[arm.id] = (
             sum(map(_drawn, draw_files.get(arm.id, ()))),

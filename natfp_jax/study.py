@@ -17,6 +17,7 @@ from natfp_jax.errors import UserError
 from natfp_jax.files import canonical_json, hash_json
 
 __all__ = [
+    "PARENT_OF",
     "Arm",
     "Comparison",
     "Draw",
@@ -34,6 +35,7 @@ __all__ = [
     "settled",
 ]
 
+PARENT_OF = "parent of "  # how a parent's name begins; an arm's has no space
 _NOT_OF_WEIGHTS = ("dtype", "init_scale")  # what of a model can differ from its parent's
 
 
@@ -241,12 +243,12 @@ def arms(study: Study) -> list[Arm]:
     return found
 
 
-def kept_fractions(study: Study, experiment: Experiment) -> tuple[float, ...]:
+def kept_fractions(study: Study, every: Iterable[Arm], experiment: Experiment) -> tuple[float, ...]:
     """The fractions of training at which checkpoints are kept: of an arm the study's, of a parent what begins a child."""
-    every = arms(study)
-    line = [one for arm in every for one in (*arm.experiment.ancestors, arm.experiment)]
+    own = {arm.experiment for arm in every}
+    line = {one for arm in own for one in (*arm.ancestors, arm)}
     begun = {one.parent.fraction for one in line if one.parent is not None and one.parent.experiment == experiment}
-    drawn = set(study.kept_fractions) if any(arm.experiment == experiment for arm in every) else set[float]()
+    drawn = set(study.kept_fractions) if experiment in own else set[float]()
     return tuple(sorted(begun | drawn))
 
 
@@ -256,7 +258,7 @@ def parents(every: Iterable[Arm]) -> list[Arm]:
     for arm in every:
         line = [arm.experiment, *reversed(arm.experiment.ancestors)]
         for distance, ancestor in enumerate(line[1:], 1):
-            found.setdefault(ancestor, "parent of " * distance + arm.id)
+            found.setdefault(ancestor, PARENT_OF * distance + arm.id)
     return [Arm(name, (), one) for one, name in sorted(found.items(), key=lambda entry: len(entry[0].ancestors))]
 
 

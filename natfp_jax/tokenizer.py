@@ -39,6 +39,10 @@ class Tokenizer:
         model.encode_special_tokens = True  # not saved in the file: without it, "<|eos|>" in a document would end it
         return model
 
+    @functools.cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        return self._loaded()
+
     def _loaded(self) -> tokenizers.Tokenizer:
         model = tokenizers.Tokenizer.from_str(self.file.decode())
         model.no_truncation()
@@ -80,7 +84,7 @@ class Tokenizer:
 
     def encode_form(self, text: str) -> list[int]:
         """The ids of a text of the program's own, in which special tokens are what they are; never for a document."""
-        return list(self._loaded().encode(text, add_special_tokens=False).ids)
+        return list(self._with_specials.encode(text, add_special_tokens=False).ids)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without EOS."""

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from natfp_jax import checkpoint, lora, mesh, optim, params, processes, restart
+from natfp_jax import checkpoint, descent, lora, mesh, optim, params, processes, restart
 from natfp_jax.blocks import block_length
 from natfp_jax.checkpoint import Checkpoints
 from natfp_jax.cohort import begun, called, fingerprints, finish
@@ -57,7 +57,7 @@ def load_weights(run: RunFolder, step: int, experiment: Experiment, padded: int,
     like = checkpoint.with_shardings(params.abstract(specs), mesh.param_shardings(devices, specs))
     tree, _ = checkpoint.restore(run.checkpoints, step, like)
     _check_weights(tree, run, step)
-    return tree if experiment.lora is None else lora.merged(tree, experiment.lora, mesh.param_shardings(devices, specs))
+    return tree if experiment.lora is None else descent.merged(tree, experiment.lora, mesh.param_shardings(devices, specs))
 
 
 def _check_weights(tree: Params, run: RunFolder, step: int) -> None:

@@ -172,13 +172,15 @@ class Workspace:
                 raise UserError(f"arms {other} and {name} are the same experiment: change the factors so that all arms differ")
         return found
 
-    def origin_of(self, arm: Arm) -> Origin | None:
-        """The checkpoint that an arm begins with, if it has a parent."""
+    def parent_of(self, arm: Arm) -> Arm | None:
+        """What an arm begins with, if it has a parent."""
         parent = arm.experiment.parent
-        if parent is None:
-            return None
-        name = next(one.id for one in self.parents.values() if one.experiment == parent.experiment)
-        return Origin(parent.experiment, self.run_of(name), parent.step)
+        return None if parent is None else next(one for one in self.parents.values() if one.experiment == parent.experiment)
+
+    def origin_of(self, arm: Arm) -> Origin | None:
+        """The checkpoint of its parent that an arm begins with, if it has one."""
+        parent, named = self.parent_of(arm), arm.experiment.parent
+        return None if parent is None or named is None else Origin(named.experiment, self.run_of(parent.id), named.step)
 
     def run_of(self, arm: str) -> RunFolder:
         """The run of an arm, or of a parent."""
@@ -191,7 +193,7 @@ class Workspace:
 
     def kept(self, arm: Arm) -> list[int]:
         """The steps whose checkpoints an arm keeps, or a parent."""
-        return arm.experiment.kept_steps(kept_fractions(self.study, arm.experiment))
+        return arm.experiment.kept_steps(kept_fractions(self.study, self.arms.values(), arm.experiment))
 
     def check_owners(self) -> None:
         """Raises a UserError if the run of an arm is another experiment's, or began with what its parent no longer is."""

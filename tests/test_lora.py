@@ -11,7 +11,7 @@ from test_model import MODELS, PADDED, VOCABULARY, distance, reference, tokens, 
 from test_optim import orthogonal
 from test_params import assert_same
 
-from natfp_jax import config, lora, mesh, optim, params
+from natfp_jax import config, descent, lora, mesh, optim, params
 from natfp_jax.config import Data, Experiment, Lora, Model, Optimiser, Perturb
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import weight_hash
@@ -58,7 +58,7 @@ def defined(tree, adapters):
 def check_forward(model, adapters):
     tree, ids_BT = adapted(model, adapters), tokens(2, 9)
     apart = jax.jit(lambda tree: hidden(model, tree, ids_BT, learning=Learning(adapters=adapters)))(tree)
-    merged = lora.merged(tree, adapters)
+    merged = descent.merged(tree, adapters)
     joint = jax.jit(lambda tree: hidden(model, tree, ids_BT))(merged)
     expected = np.stack([reference(defined(tree, adapters), ids_T, model)[0] for ids_T in ids_BT])
     assert distance(apart, expected) < 1e-5
@@ -82,12 +82,12 @@ def test_what_is_merged_is_the_definition_and_the_rest_stays(name):
     model = MODELS[name]
     adapters = dataclasses.replace(every(model), targets=("q", "o", "down"))
     tree = adapted(model, adapters)
-    merged, expected = flatten(lora.merged(tree, adapters)), flatten(defined(tree, adapters))
+    merged, expected = flatten(descent.merged(tree, adapters)), flatten(defined(tree, adapters))
     changed = {"layers/attention/q", "layers/attention/o", "layers/mlp/down"}
     assert_same(flatten(weights(model)), merged, except_for=changed)
     for path in changed:
         np.testing.assert_allclose(merged[path], expected[path], rtol=0, atol=1e-6)
-    assert lora.merged(tree, None) is tree
+    assert descent.merged(tree, None) is tree
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -105,7 +105,7 @@ def test_the_modules_parameters_are_those_of_the_table(name):
 def test_the_first_step_is_the_parents(name):
     model, ids_BT = MODELS[name], tokens(2, 9)
     adapters, parent = every(model), weights(model)
-    tree = lora.begun(lora.table(model, PADDED, adapters), 0, None, None, parent)
+    tree = descent.begun(lora.table(model, PADDED, adapters), 0, None, None, parent)
     found = jax.jit(lambda tree: hidden(model, tree, ids_BT, learning=Learning(adapters=adapters)))(tree)
     np.testing.assert_array_equal(found, jax.jit(lambda tree: hidden(model, tree, ids_BT))(parent))
 
@@ -136,7 +136,7 @@ def begun(model=BASE, adapters=SOME, seed=0, devices=None, perturb=None, parent=
     shardings = None if devices is None else mesh.param_shardings(devices, specs)
     its = None if devices is None else mesh.param_shardings(devices, plain)
     origin = None if parent is None else params.init(plain, parent, its)
-    return lora.begun(specs, seed, shardings, perturb, origin)
+    return descent.begun(specs, seed, shardings, perturb, origin)
 
 
 @pytest.fixture(scope="module")

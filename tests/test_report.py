@@ -282,7 +282,7 @@ def work(tmp_path, monkeypatch):
         store=_Named(meta={"name": "docs"}, sha256="c" * 64, tokens=3_500_000),
         store_of=lambda arm: _Named(tokenizer=_Named(padded_size=2048), pool=lambda data: None),
         parents={},
-        origin_of=lambda arm: None,
+        parent_of=lambda arm: None,
         identities={arm["id"]: _Named(fingerprint=arm["fingerprint"], inputs={"pool": arm["pool"]}) for arm in made["arms"]},
         check_trained=lambda: None,
         progress=_Said(),
