@@ -64,6 +64,10 @@ class How:
     """How many processes there are; 1: this one works alone, whatever the environment says."""
     process: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
     """Which one this is, from 0."""
+    task: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+    """Do a share of the study alone, such as a task of a job array does: which one, from 0."""
+    tasks: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """How many tasks share the study; the last to end attributes and reports."""
 
 
 Options = Annotated[How, tyro.conf.arg(name="")]
@@ -77,6 +81,8 @@ def _on_tpu_vm() -> bool:
 
 def _perform(study: Path, overrides: tuple[str, ...], how: How, *stages: str) -> None:
     configured = load_study(study, overrides)
+    if (how.task, how.tasks) != (None, None) and not {"train", "sample"} & {*stages}:
+        raise UserError("--task and --tasks share training and sampling: leave them out, attribution is done once for all")
     launch = detect(os.environ, how.coordinator, how.processes, how.process, tpu_vm=_on_tpu_vm())
     stop = Stop()
     with stop.installed():
@@ -94,21 +100,31 @@ def _stages(study: Study, how: How, stages: tuple[str, ...], stop: Stop) -> dict
     """Does the stages; a damaged file is told of, set aside and made again, unless the user is strict."""
     from natfp_jax import processes
     from natfp_jax.report import report
+    from natfp_jax.share import share
     from natfp_jax.stages import Work
 
+    mine = share(how.task, how.tasks)
     with Progress(quiet=not processes.first()) as progress:
         while True:
-            work, summaries = Work(study, how.out, progress, stop), list[dict[str, Any]]()
+            work, summaries = Work(study, how.out, progress, stop, mine), list[dict[str, Any]]()
             try:
                 if "attribute" in stages:
                     _ = work.encoder_files  # what is lacking is known before anything is written
-                with work.claimed():
-                    work.corpus()
+                with work.begun():
                     if "attribute" in stages:
                         _ = work.test_rows  # too few documents are known before hours of training
-                    for stage in stages:
+                    for stage in (one for one in stages if one != "attribute"):
                         getattr(work, stage)()
-                    if "attribute" in stages or not stages:
+                    if stages and "attribute" not in stages:
+                        return None
+                    if left := processes.led(work.left):
+                        named = f"{', '.join(left[:4])}{f' and {len(left) - 4} more' if len(left) > 4 else ''}"
+                        progress.say(f"task {mine} is done; {named} are left to other tasks, the last of which attributes")
+                        return None
+                    # Of tasks that share the study every one that finds all there comes here, one after another.
+                    with contextlib.nullcontext() if mine is None else work.claimed():
+                        if stages:
+                            work.attribute()
                         processes.led(lambda work=work, found=summaries: found.append(report(work)))  # type: ignore[misc]
                 return summaries[0] if summaries else None
             except Damaged as damage:

@@ -38,10 +38,11 @@ def sample(work: Workspace) -> None:
     """
 
     def wanted() -> list[Any]:
-        work.check_trained()
-        missing = work.missing_files()
+        work.check_trained(work.mine)
+        missing = work.missing_files(work.mine)
         if missing:  # what is added to has to be whole
-            for path in (path for one in draws(work.study) for path in work.draw_paths(one) if texts.exists(path)):
+            own = (one for one in draws(work.study) if one.arm in work.mine)
+            for path in (path for one in own for path in work.draw_paths(one) if texts.exists(path)):
                 texts.verify(path)
         return [[*one, numbers] for one, numbers in missing.items()]
 

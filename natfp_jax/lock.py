@@ -44,7 +44,7 @@ def alone(folder: Path, progress: Progress | None = None, wait: bool = False) ->
             if not wait:
                 raise UserError(f"{folder} is in use by another process ({holder}): wait for it or stop it")
             if progress is not None:
-                progress.say(f"another process ({holder}) prepares {folder}: waiting for it")
+                progress.say(f"another process ({holder}) is at work on {folder}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         if (stale := file.read().strip()) and progress is not None:

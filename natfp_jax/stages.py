@@ -5,7 +5,7 @@ error that names both sides. Must not know how any stage computes, nor how resul
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
@@ -25,6 +25,7 @@ from natfp_jax.member import Member
 from natfp_jax.next_token import next_tokens
 from natfp_jax.progress import Progress
 from natfp_jax.runs import damaged_lines
+from natfp_jax.share import Share
 from natfp_jax.stopping import Stop
 from natfp_jax.strategy import strategy_of
 from natfp_jax.study import Arm, draws, grids, kept_fractions
@@ -39,9 +40,23 @@ _RECIPE = 4  # raised when a change of the code attributes the same texts otherw
 class Work(Workspace):
     """A study below an output folder, and what each stage adds to it."""
 
-    def __init__(self, study: Study, out: Path, progress: Progress, stop: Stop | None = None) -> None:
-        super().__init__(study, out, progress)
+    def __init__(
+        self, study: Study, out: Path, progress: Progress, stop: Stop | None = None, share: Share | None = None
+    ) -> None:
+        super().__init__(study, out, progress, share)
         self.stop = stop
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Holds the study with its corpora prepared; where tasks share it, then this one's share alone."""
+        with ExitStack() as mine:
+            with self.claimed():
+                mine.enter_context(self.shared())
+                self.corpus()
+                if self.share is None:
+                    yield
+            if self.share is not None:
+                yield
 
     # --- corpus ---
 
@@ -126,9 +141,9 @@ class Work(Workspace):
             self._train(list(group))
 
     def _wanted(self) -> list[str]:
-        """The arms that lack a checkpoint, and of their ancestors those that do; files are read by one process."""
+        """The arms of this command that lack a checkpoint, and of their ancestors those that do; one process reads files."""
         self.check_owners()
-        lacking = {arm.id for arm in self.arms.values() if not self.run_of(arm.id).complete(self.kept(arm))}
+        lacking = {arm.id for arm in self.mine.values() if not self.run_of(arm.id).complete(self.kept(arm))}
         line = {one for name in lacking for one in self.arms[name].experiment.ancestors}
         found = [parent for parent in self.parents.values() if parent.experiment in line]
         return [*(one.id for one in found if not self.run_of(one.id).complete(self.kept(one))), *lacking]
@@ -148,7 +163,9 @@ class Work(Workspace):
                         self.progress.say(f"{member.run.metrics} has {damaged} damaged lines, which are left out")
                 with ExitStack() as locks:
                     for member in sorted(cohort, key=lambda member: member.run.folder):  # studies may share them
-                        locks.enter_context(processes.leading(alone(member.run.folder, self.progress)))
+                        # Tasks that share a study have parents in common: the first trains them, the others find them there.
+                        lock = alone(member.run.folder, self.progress, wait=self.share is not None)
+                        locks.enter_context(processes.leading(lock))
                     try:
                         steps = train(cohort, self.restarts, settings, self.devices, advance, self.stop, self.progress.say)
                     except Failed as failed:

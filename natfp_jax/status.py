@@ -40,7 +40,8 @@ def _table(out: Path, path: Path) -> Table:
         raise UserError(f"{path} is no study of this version ({error}): move {folder} away") from None
     arms_path = folder / "arms.json"
     listed = files.read_json(arms_path) if arms_path.exists() else {}
-    at_work = lock.held(folder)  # stages come one after the other, so the first that is not done is the one at work
+    # Stages come one after the other, so the first that is not done is the one at work.
+    at_work = lock.held(folder) or any(lock.held(task) for task in (folder / "tasks").glob("*-of-*"))
     draw_files: dict[str, list[Path]] = {}
     for one in draws(study):
         names = one.files(study.sampling.prompts, study.sampling.file_texts)

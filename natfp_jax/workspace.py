@@ -1,18 +1,19 @@
 """A study below an output folder: what lies where, and whose it is.
 
 Owns the paths, the token stores and identities of the arms, the prompts, and what a draw is made from; and that a study belongs
-to one command at a time. Must not know how a stage does its work.
+to one command at a time, or to the tasks of one job array. Must not know how a stage does its work.
 
     OUT/data/                    what our TFDS builders prepared
     OUT/corpora/<hash>/          token stores
     OUT/runs/<fingerprint>/      one experiment each, shared by all studies below OUT
     OUT/restart/<arms>/          what stopped or killed trainings go on from, whatever study they are of
     OUT/studies/<name>/          study.json, arms.json, draws/, attribution.json, timings.json, report/
+    OUT/studies/<name>/tasks/    the locks of tasks that share the study
 """
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +27,12 @@ from natfp_jax.contrast import differences
 from natfp_jax.corpus import Store, opened, prepare
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import Identity, code
-from natfp_jax.lock import LOCK, alone
+from natfp_jax.lock import LOCK, alone, held
 from natfp_jax.member import Origin
 from natfp_jax.progress import Progress
 from natfp_jax.prompts import Prompts, prompts_of
 from natfp_jax.runs import RunFolder
+from natfp_jax.share import Share, dealt
 from natfp_jax.study import Arm, Draw, arms, comparisons, draws, kept_fractions, parents, settled
 
 __all__ = ["Workspace", "write_if_new"]
@@ -39,10 +41,13 @@ __all__ = ["Workspace", "write_if_new"]
 class Workspace:
     """What is there of a study. With many processes all of them have one, and use it alike."""
 
-    def __init__(self, study: Study, out: Path, progress: Progress) -> None:
-        self.study, self.out, self.progress = study, out, progress
+    def __init__(self, study: Study, out: Path, progress: Progress, share: Share | None = None) -> None:
+        """`share`: what of the study this command does, of several that share it; None: all."""
+        self.study, self.out, self.progress, self.share = study, out, progress, share
         self.folder = out / "studies" / study.name
         self.arms = {arm.id: arm for arm in arms(study)}
+        mine = [*self.arms.values()] if share is None else dealt([*self.arms.values()], share.tasks)[share.task]
+        self.mine = {arm.id: arm for arm in mine}  # those that this command trains and draws from
         self.parents = {parent.id: parent for parent in parents(self.arms.values())}
         self.comparisons = comparisons(study)
 
@@ -50,12 +55,14 @@ class Workspace:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Holds the study's folder for this command alone, and says whose it is.
+        """Holds the study's folder for this command alone, and says whose it is. Who shares the study waits for it.
 
         Raises:
-          UserError: another process holds it, it belongs to another study, or the processes of this command differ.
+          UserError: another process holds it, or tasks that share it otherwise are at work; it belongs to another study, or
+            the processes of this command differ.
         """
-        processes.agree({"study": config.fingerprint(self.study), "version of natfp_jax": code()})
+        share = "all of it" if self.share is None else f"task {self.share}"
+        processes.agree({"study": config.fingerprint(self.study), "version of natfp_jax": code(), "part of the study": share})
         with processes.leading(self._owned()):
             lock = self.folder / LOCK
             # A folder of its own for every host would be found out much later, by a process that waits for ever.
@@ -74,10 +81,32 @@ class Workspace:
                 f"{self.folder} holds the study {str(owner.get('fingerprint'))[:16]}, expected {mine[:16]} (they differ in "
                 f"{changed}): give another --out, or another name=... to share its runs"
             )
-        with alone(self.folder, self.progress):
-            for remains in self.folder.rglob(".*.tmp"):  # of a killed process
+        with alone(self.folder, self.progress, wait=self.share is not None):
+            tasks = [folder.name for folder in sorted(self._tasks.glob("*-of-*")) if held(folder)]
+            strangers = [name for name in tasks if self.share is None or not name.endswith(f"-of-{self.share.tasks}")]
+            if strangers:
+                expected = "none beside it" if self.share is None else f"--tasks {self.share.tasks}"
+                raise UserError(
+                    f"task {strangers[0]} of {self.folder} is at work, expected {expected}: wait for it or stop it, or share "
+                    "the study as it does"
+                )
+            for remains in () if tasks else self.folder.rglob(".*.tmp"):  # of a killed process
                 remains.unlink()
             write_if_new(path, {"fingerprint": mine, "study": config.to_json(self.study)}, begun)
+            yield
+
+    @property
+    def _tasks(self) -> Path:
+        return self.folder / "tasks"
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Holds this command's own share of the study.
+
+        Raises:
+          UserError: another process does that share.
+        """
+        with nullcontext() if self.share is None else processes.leading(alone(self._tasks / str(self.share), self.progress)):
             yield
 
     def _is(self, written: Any) -> bool:
@@ -96,14 +125,15 @@ class Workspace:
         processes.led(lambda: self.spent(stage, time.perf_counter() - start, amounts))
 
     def spent(self, stage: str, seconds: float, amounts: dict[str, int]) -> None:
-        """Adds to timings.json; of many processes the first one's task."""
+        """Adds to timings.json, what all tasks spent; of many processes the first one's task."""
         path = self.folder / "timings.json"
-        timings = files.read_remade(path) if path.exists() else {}
-        entry = timings.setdefault(stage, {"seconds": 0.0})
-        entry["seconds"] = round(entry["seconds"] + seconds, 2)
-        for name, amount in amounts.items():
-            entry[name] = entry.get(name, 0) + amount
-        files.write_json(path, timings)
+        with nullcontext() if self.share is None else alone(self._tasks, wait=True):
+            timings = files.read_remade(path) if path.exists() else {}
+            entry = timings.setdefault(stage, {"seconds": 0.0})
+            entry["seconds"] = round(entry["seconds"] + seconds, 2)
+            for name, amount in amounts.items():
+                entry[name] = entry.get(name, 0) + amount
+            files.write_json(path, timings)
 
     # --- arms ---
 
@@ -219,10 +249,10 @@ class Workspace:
                 f"{here[:16]}: move what is wrong away, and run the same command again"
             )
 
-    def check_trained(self) -> None:
-        """Raises a UserError if an arm lacks a checkpoint, or its run is another experiment's."""
+    def check_trained(self, some: dict[str, Arm] | None = None) -> None:
+        """Raises a UserError if one of `some` arms, or of all, lacks a checkpoint, or a run is another experiment's."""
         self.check_owners()
-        for arm in self.arms.values():
+        for arm in (self.arms if some is None else some).values():
             if missing := self.run_of(arm.id).missing(self.kept(arm)):
                 raise UserError(f"arm {arm.id} lacks the checkpoints at steps {missing}: run `natfp train` first")
 
@@ -269,14 +299,25 @@ class Workspace:
             "tokenizer": self.store.tokenizer.sha256,
         }
 
-    def missing_files(self) -> dict[Draw, list[int]]:
-        """The draws that are not whole yet, and which of their files are not there.
+    def left(self) -> list[str]:
+        """The arms of other commands that share the study which are not trained and drawn from yet."""
+        every = draws(self.study)
+
+        def undone(arm: Arm) -> bool:
+            if not self.run_of(arm.id).complete(self.kept(arm)):
+                return True
+            return any(not texts.exists(path) for one in every if one.arm == arm.id for path in self.draw_paths(one))
+
+        return [name for name, arm in self.arms.items() if name not in self.mine and undone(arm)]
+
+    def missing_files(self, some: dict[str, Arm] | None = None) -> dict[Draw, list[int]]:
+        """The draws of `some` arms, or of all, that are not whole yet, and which of their files are not there.
 
         Raises:
           UserError: a file was drawn from something else.
         """
         missing: dict[Draw, list[int]] = {}
-        for one in draws(self.study):
+        for one in (one for one in draws(self.study) if some is None or one.arm in some):
             inputs = self.draw_inputs(one)
             for number, path in enumerate(self.draw_paths(one)):
                 if not texts.exists(path):

@@ -103,6 +103,40 @@ def family(tmp_path_factory):
     return out
 
 
+def started(*arguments):
+    natfp, root = Path(sys.executable).with_name("natfp"), str(Path(__file__).parents[1])
+    environment = {**meshes.environment(1), "PYTHONPATH": root}
+    return subprocess.Popen(
+        [natfp, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_tasks_that_share_a_study_do_together_what_one_command_does_and_nothing_twice(family, tmp_path):
+    """Four children for three tasks, which have parents in common; all at once."""
+    command = "run", family / "children.py", "--out", tmp_path
+    tasks = [started(*command, "--task", task, "--tasks", 3) for task in range(3)]
+    ended = [(*task.communicate(timeout=meshes.STUCK), task.returncode) for task in tasks]
+    assert [code for *_, code in ended] == [0, 0, 0], ended
+    reported = [printed for printed, _, _ in ended if "null of" in printed]
+    assert reported, "the last task to end attributes"
+    assert all("are left to other tasks" in said for printed, said, _ in ended if printed not in reported)
+
+    there = {path.relative_to(family) for path in (family / "runs").glob("*/checkpoints/*")}
+    assert {path.relative_to(tmp_path) for path in (tmp_path / "runs").glob("*/checkpoints/*")} == there
+    for path in there:
+        run, step = path.parts[1], int(path.name)
+        one, other = (RunFolder(out / "runs" / run).record(step) for out in (family, tmp_path))
+        assert one["weights"] == other["weights"]
+    summaries = [files.read_json(out / "studies" / "children" / "report" / "summary.json") for out in (family, tmp_path)]
+    assert summaries[0]["comparisons"] == summaries[1]["comparisons"]
+
+    spent = [files.read_json(out / "studies" / "children" / "timings.json") for out in (family, tmp_path)]
+    for stage, amount in (("train", "tokens"), ("sample", "texts"), ("attribute by subwords", "texts")):
+        assert spent[0][stage][amount] == spent[1][stage][amount], "what is done twice counts twice"
+    again = commanded(*map(str, command), "--task", "1", "--tasks", "3")
+    assert (again.returncode, again.stdout) == (0, reported[0]), "a task that is started again finds all done"
+
+
 def claimed(out):
     """(subject, claim) → the claim, of what can be recomputed on eight devices: nothing is trained again."""
     return {(claim.subject, claim.claim): claim for claim in audit(out, Progress(quiet=True), replayed=0)}

@@ -424,7 +424,7 @@ def test_another_holder_is_waited_for_where_that_was_asked(holder, tmp_path):
     thread.start()
     assert not taken.wait(1)
     who = f"pid {holder.pid} on {socket.gethostname()}"
-    assert said.lines == [f"another process ({who}) prepares {folder}: waiting for it"]
+    assert said.lines == [f"another process ({who}) is at work on {folder}: waiting for it"]
     holder.kill()
     assert taken.wait(10)
     thread.join(10)
