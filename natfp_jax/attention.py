@@ -13,7 +13,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
-from natfp_jax import mesh
+from natfp_jax import mesh, platforms
 from natfp_jax.blocks import row_blocks
 
 __all__ = ["causal", "masked", "rotate"]
@@ -48,7 +48,7 @@ def causal(
         attended to, and positions count from there.
     """
     whole = devices is not None and mesh.whole(devices)
-    if jax.default_backend() == "cpu" and whole:
+    if platforms.target() == "cpu" and whole:
         given = (q_BTNH, k_BTKH, v_BTKH) if begin_BT is None else (q_BTNH, k_BTKH, v_BTKH, begin_BT)
         blocks = tuple(map(row_blocks, given))
         if len(blocks[0]) > 1:

@@ -18,7 +18,7 @@ from natfp_jax.errors import UserError
 from natfp_jax.member import Member
 from natfp_jax.program import Program, program_of
 
-__all__ = ["begun", "called", "fingerprints", "finish", "fitting", "standing"]
+__all__ = ["begun", "called", "cuts", "fingerprints", "finish", "fitting", "needed", "standing"]
 
 _ROOM = 0.8  # of a device's memory; the rest is for one arm's state and what is copied while saving
 
@@ -38,35 +38,53 @@ def fitting(
     group: Sequence[Member], settings: Run, devices: jax.sharding.Mesh, say: Callable[[str], None]
 ) -> Iterator[list[Member]]:
     """Cuts arms of one shape into cohorts as large as memory and `settings.cohort` allow, as equal as can be."""
-    base, there = group[0], _ROOM * processes.led(lambda: mesh.device_memory(devices))
-    size, ways = min(len(group), settings.cohort or len(group)), devices.shape["replica"]
-    while size > ways:  # fewer would leave devices without an arm, and make none of them lighter
-        needed = _needed(program_of(base.experiment, base.store, devices, settings, size))
-        if needed is not None and needed <= there:
-            break
-        takes = "more than there is" if needed is None else f"{needed / 1e9:.2f} GB"
-        say(f"{size} arms together take {takes} of the {there / 1e9:.2f} GB that a device can give: fewer at a time")
-        fits = size // 2 if needed is None else int(size * there / needed)
-        size = max(ways, min(fits, size - 1) // ways * ways)
-    if size == len(group):
-        yield list(group)
-        return
-    unit = min(size, ways)  # arms are cut between turns of all devices along `replica`, which leave none without one
-    turns = -(-len(group) // unit)
-    cohorts = -(-turns // (size // unit))
-    for begin, end in pairwise(place * turns // cohorts * unit for place in range(cohorts + 1)):
+    base, memory = group[0], processes.led(lambda: mesh.device_memory(devices))
+
+    def bytes_of(replicas: int) -> int | None:
+        found = needed(program_of(base.experiment, base.store, devices, settings, replicas))
+        return processes.led(lambda: found)
+
+    for begin, end in cuts(len(group), settings.cohort, devices.shape["replica"], memory, bytes_of, say):
         yield list(group[begin:end])
 
 
-def _needed(program: Program) -> int | None:
-    """The bytes that a step takes of a device, as the first process finds; None: so many that it does not compile."""
+def cuts(
+    count: int, most: int | None, ways: int, memory: int, bytes_of: Callable[[int], int | None], say: Callable[[str], None]
+) -> list[tuple[int, int]]:
+    """Where so many arms of one shape are cut into cohorts: the first of each, and the one behind its last.
+
+    Args:
+      most: arms of a cohort, if that was asked for.
+      ways: devices along `replica`.
+      memory: bytes of a device.
+      bytes_of: what a step of so many arms takes of it; None: more than there is.
+      say: told where fewer are taken than there are.
+    """
+    there, size = _ROOM * memory, min(count, most or count)
+    while size > ways:  # fewer would leave devices without an arm, and make none of them lighter
+        taken = bytes_of(size)
+        if taken is not None and taken <= there:
+            break
+        takes = "more than there is" if taken is None else f"{taken / 1e9:.2f} GB"
+        say(f"{size} arms together take {takes} of the {there / 1e9:.2f} GB that a device can give: fewer at a time")
+        fits = size // 2 if taken is None else int(size * there / taken)
+        size = max(ways, min(fits, size - 1) // ways * ways)
+    if size == count:
+        return [(0, count)]
+    unit = min(size, ways)  # arms are cut between turns of all devices along `replica`, which leave none without one
+    turns = -(-count // unit)
+    cohorts = -(-turns // (size // unit))
+    return [(begin, min(end, count)) for begin, end in pairwise(part * turns // cohorts * unit for part in range(cohorts + 1))]
+
+
+def needed(program: Program) -> int | None:
+    """The bytes that a step takes of a device; None: so many that it does not compile."""
     try:
-        found = program.device_bytes
+        return program.device_bytes
     except jax.errors.JaxRuntimeError as error:  # a TPU's compiler knows the memory that it compiles for
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = None
-    return processes.led(lambda: found)
+        return None
 
 
 # --- from where ---

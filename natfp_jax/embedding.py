@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from natfp_jax import platforms
 from natfp_jax.blocks import blocks
 
 __all__ = ["look_up"]
@@ -25,7 +26,7 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any, products: boo
         but for the order of the sums. None: on an accelerator, which adds rows in an order that changes from run to run, or
         else slowly, and all the more so where replicas are batched (jax issue 17844).
     """
-    by_products = jax.default_backend() != "cpu" if products is None else products
+    by_products = platforms.target() != "cpu" if products is None else products
     return _by_products(table_VD, tokens_BT, table_VD.shape[0], dtype) if by_products else _rows(table_VD, tokens_BT, dtype)
 
 

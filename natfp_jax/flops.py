@@ -1,28 +1,14 @@
 """Counted operations and what a chip could do of them: model FLOPs utilisation (Chowdhery et al., 2022, appendix B).
 
-Owns the formula and the table of peaks. Must not know how anything is computed: what is computed twice counts once.
+Owns the formula. Must not know how anything is computed: what is computed twice counts once.
 """
 
 import jax
 
-from natfp_jax import lora, params
+from natfp_jax import chips, lora, params
 from natfp_jax.config import Lora, Model
 
 __all__ = ["peak", "per_token", "said"]
-
-# Dense products of bfloat16, FLOP/s a device, from the vendors' data sheets. float32 on these runs by other units or in passes.
-_PEAKS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v3": 61.5e12,  # JAX counts its cores
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def per_token(model: Model, vocabulary: int, seq_len: int, adapters: Lora | None = None) -> int:
@@ -44,8 +30,8 @@ def per_token(model: Model, vocabulary: int, seq_len: int, adapters: Lora | None
 
 def peak(device: jax.Device) -> float | None:
     """FLOP/s of a device at its best, in bfloat16; None: it stands in no data sheet that is known here."""
-    near = [name for name in _PEAKS if device.device_kind.startswith(name)]
-    return _PEAKS[max(near, key=len)] if near else None
+    chip = chips.of_kind(device.device_kind)
+    return None if chip is None else chip.bf16
 
 
 def said(flops_per_second: float, devices: jax.sharding.Mesh) -> str:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from natfp_jax import lora, rng
+from natfp_jax import lora, platforms, rng
 from natfp_jax.attention import causal, masked, rotate
 from natfp_jax.config import Lora, Model
 from natfp_jax.embedding import look_up
@@ -244,7 +244,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0 if self.learning.dropout else nn.broadcast),
             length=self.model.layers,
             # Where memory is dear, the loop: without it XLA on CPU keeps what it sees computed twice.
-            unroll=min(self.model.layers, _UNROLLED) if jax.default_backend() == "cpu" and self.remat == "none" else 1,
+            unroll=min(self.model.layers, _UNROLLED) if platforms.target() == "cpu" and self.remat == "none" else 1,
         )(self.model, self.devices, self.learning)
         self.norm = self.param("norm", zeros, (width,), jnp.float32)
         if not self.model.tied:

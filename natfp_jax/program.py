@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from natfp_jax import descent, lora, mesh, optim, packing, params, rng
+from natfp_jax import descent, lora, mesh, optim, packing, params, platforms, rng
 from natfp_jax.checkpoint import with_shardings
 from natfp_jax.config import Experiment, Optimiser, Run, shape
 from natfp_jax.corpus import Store
@@ -30,7 +30,7 @@ from natfp_jax.model import Learning, Remat, head, hidden
 from natfp_jax.optim import Hyperparameters
 from natfp_jax.params import Params
 
-__all__ = ["Program", "State", "begins", "execution_of", "learnt", "one_each", "program_of"]
+__all__ = ["Program", "State", "begins", "device_bytes", "execution_of", "learnt", "one_each", "program_for", "program_of"]
 
 Execution = Literal["strict", "fast"]
 
@@ -44,7 +44,7 @@ class State(NamedTuple):
 
 def execution_of(settings: Run, devices: jax.sharding.Mesh) -> Execution:
     """What `settings` asks for; else what is faster: batched products suit accelerators, not a CPU's caches."""
-    return settings.execution or ("strict" if devices.devices.flat[0].platform == "cpu" else "fast")
+    return settings.execution or ("strict" if platforms.target(devices) == "cpu" else "fast")
 
 
 class Program:
@@ -269,7 +269,8 @@ class Program:
         return mesh.lay(np.int32(self.replicas // self.devices.shape["replica"]), mesh.replicated(self.devices))
 
     @cached_property
-    def _compiled(self) -> jax.stages.Compiled:
+    def traced(self) -> jax.stages.Traced:
+        """One step of the cohort, from shapes alone: the devices may be of a slice that is not at hand."""
         each, leading = self._each(self._next), NamedSharding(self.devices, PartitionSpec("replica"))
 
         def step(
@@ -285,22 +286,20 @@ class Program:
 
         K, data, one = self.replicas, self.shape.data, mesh.replicated(self.devices)
         row_K = jax.ShapeDtypeStruct((K,), np.float32, sharding=leading)
-        return (
-            jax.jit(
-                step,
-                out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, self.state), one),
-                donate_argnums=1,
-            )
-            .lower(
-                self._count,
-                self.state,
-                Hyperparameters(*[row_K] * len(Hyperparameters._fields)),
-                jax.ShapeDtypeStruct((K, data.batch, data.seq_len + 1), np.int32, sharding=mesh.batch_sharding(self.devices)),
-                jax.ShapeDtypeStruct((K, 2), np.uint32, sharding=leading) if self.shape.dropout else None,
-                jax.ShapeDtypeStruct((self.devices.size,), np.int32, sharding=one_each(self.devices)),
-            )
-            .compile()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return jax.jit(step, out_shardings=(shardings, one), donate_argnums=1).trace(
+            jax.ShapeDtypeStruct((), np.int32, sharding=one),
+            self.state,
+            Hyperparameters(*[row_K] * len(Hyperparameters._fields)),
+            jax.ShapeDtypeStruct((K, data.batch, data.seq_len + 1), np.int32, sharding=mesh.batch_sharding(self.devices)),
+            jax.ShapeDtypeStruct((K, 2), np.uint32, sharding=leading) if self.shape.dropout else None,
+            jax.ShapeDtypeStruct((self.devices.size,), np.int32, sharding=one_each(self.devices)),
         )
+
+    @cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        """The same for these devices."""
+        return self.traced.lower().compile()
 
     def noise(self, seeds: Sequence[int], step: int) -> jax.Array | None:
         """What the dropout of the step after `step` is drawn from: dropout seed and step, uint32 [K, 2]; None: nothing is."""
@@ -321,7 +320,7 @@ class Program:
 
         The state that it is given is given up.
         """
-        return self._compiled(self._count, state, numbers, windows_KBT, noise_K2, asked_N)
+        return self.compiled(self._count, state, numbers, windows_KBT, noise_K2, asked_N)
 
     @cached_property
     def _evaluated(self) -> Callable[..., jax.Array]:
@@ -341,14 +340,19 @@ class Program:
     @property
     def device_bytes(self) -> int:
         """What a step takes of a device's memory, as the compiler has laid it out; of a host's also what is being saved."""
-        found = self._compiled.memory_analysis()
-        assert found is not None  # every backend that trains says it
-        taken = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-        taken += found.generated_code_size_in_bytes - found.alias_size_in_bytes
-        if self.devices.devices.flat[0].platform == "cpu":  # a save goes on beside training, from a copy in the same memory
+        taken = device_bytes(self.compiled)
+        if platforms.target(self.devices) == "cpu":  # a save goes on beside training, from a copy in the same memory
             leaves = jax.tree.leaves(self.state)
             taken += sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-        return int(taken)
+        return taken
+
+
+def device_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a program takes of a device's memory, as the compiler has laid it out."""
+    found = compiled.memory_analysis()
+    assert found is not None  # every backend that trains says it
+    taken = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return int(taken + found.generated_code_size_in_bytes - found.alias_size_in_bytes)
 
 
 def begins(marked_BT: jax.Array) -> jax.Array:
@@ -372,11 +376,18 @@ _program = lru_cache(maxsize=8)(Program)  # arms of one shape share one, and so 
 
 def program_of(experiment: Experiment, store: Store, devices: jax.sharding.Mesh, settings: Run, replicas: int = 1) -> Program:
     """The program of a cohort of experiments like this one; the `replica` axis of the mesh is filled up."""
+    return program_for(experiment, store.tokenizer.size, store.tokenizer.padded_size, devices, settings, replicas)
+
+
+def program_for(
+    experiment: Experiment, vocabulary: int, padded: int, devices: jax.sharding.Mesh, settings: Run, replicas: int = 1
+) -> Program:
+    """The same of a vocabulary without and with padding, whatever is in it."""
     ways = devices.shape["replica"]
     return _program(
         shape(experiment),
-        store.tokenizer.size,
-        store.tokenizer.padded_size,
+        vocabulary,
+        padded,
         -(-replicas // ways) * ways,
         devices,
         settings.microbatches,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from natfp_jax import mesh, rng
+from natfp_jax import mesh, platforms, rng
 from natfp_jax.blocks import row_blocks
 from natfp_jax.config import Model
 from natfp_jax.model import Cache, decode, empty_cache, head, logits, unrolled
@@ -150,14 +150,23 @@ class Programs:
 
     @cached_property
     def _no_weights(self) -> Callable[[], Params]:
-        ways = self.devices.shape["replica"]
-        shapes = jax.eval_shape(partial(unrolled, self.model), abstract(self._specs))
-
         def empty() -> Params:
-            found: Params = jax.tree.map(lambda leaf: jnp.zeros((ways, *leaf.shape), leaf.dtype), shapes)
+            found: Params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.weight_shapes)
             return found
 
         return jax.jit(empty, out_shardings=self._weight_shardings)
+
+    @cached_property
+    def weight_shapes(self) -> Params:
+        """Shapes, dtypes and shardings of the weights: [R, ...]."""
+        ways = self.devices.shape["replica"]
+        shapes = jax.eval_shape(partial(unrolled, self.model), abstract(self._specs))
+        found: Params = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct((ways, *leaf.shape), leaf.dtype, sharding=sharding),
+            shapes,
+            self._weight_shardings,
+        )
+        return found
 
     @cached_property
     def _weight_shardings(self) -> Params:
@@ -203,10 +212,9 @@ class Programs:
           length_B: 0 where a place is only filled; else at least 1.
           given_BW: the first token of each, to be scored instead of drawn: [rows, 1].
         """
-        function = self._spread(self._begin, "draws", "draws", "rows", "rows", "rows", "rows")
         arguments = weights, keys, *mesh.lay((prompt_B2, tokens_BP, length_B, given_BW), self._laid)
         name = "begin", tokens_BP.shape[1], given_BW is None
-        return self._run(name, function, (self._rows_laid, self._laid), arguments)
+        return self._run(name, self._jitted_begin, arguments)
 
     def turn(
         self,
@@ -223,11 +231,10 @@ class Programs:
         Args:
           given_BW: these tokens, to be scored instead of drawn: [rows, `width`].
         """
-        function = self._spread(partial(self._turn, prompt_slots, width), "draws", "rows", "same", "rows")
         ages = mesh.lay(np.array([age, until], np.int32), self._none)
         arguments = weights, rows, ages, mesh.lay(given_BW, self._laid)
         name = "turn", prompt_slots, width, _slots(rows), given_BW is None
-        return self._run(name, function, (self._rows_laid, self._laid), arguments, donated=1)
+        return self._run(name, partial(self._jitted_turn, prompt_slots, width), arguments)
 
     def arrange(self, sources: Sequence[Rows], place_B: np.ndarray, slots: int) -> Rows:
         """Rows of one age brought together, with so many slots.
@@ -237,20 +244,59 @@ class Programs:
         """
         function = self._spread(partial(_arrange, slots), "rows", "rows")
         arguments = tuple(sources), mesh.lay(place_B, self._laid)
-        return self._run(("arrange", slots, *map(_slots, sources)), function, self._rows_laid, arguments)
+        name = "arrange", slots, *map(_slots, sources)
+        return self._run(name, lambda: jax.jit(function, out_shardings=self._rows_laid), arguments)
 
     def grow(self, rows: Rows, slots: int) -> Rows:
         """The same rows, with so many slots."""
-        return self._run(("grow", slots, _slots(rows)), self._spread(partial(_grown, slots), "rows"), self._rows_laid, (rows,))
+        function = self._spread(partial(_grown, slots), "rows")
+        return self._run(("grow", slots, _slots(rows)), lambda: jax.jit(function, out_shardings=self._rows_laid), (rows,))
 
-    def _run(self, name: tuple[Any, ...], function: Any, laid: Any, arguments: tuple[Any, ...], donated: Any = ()) -> Any:
+    def _run(self, name: tuple[Any, ...], jitted: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
         """Compiles a function the first time, once for all threads, and calls it."""
         if name not in self._compiled:
             with self._compiling:
                 if name not in self._compiled:
-                    jitted = jax.jit(function, out_shardings=laid, donate_argnums=donated)
-                    self._compiled[name] = jitted.lower(*arguments).compile()
+                    self._compiled[name] = jitted().lower(*arguments).compile()
         return self._compiled[name](*arguments)
+
+    def _jitted_begin(self) -> Any:
+        function = self._spread(self._begin, "draws", "draws", "rows", "rows", "rows", "rows")
+        return jax.jit(function, out_shardings=(self._rows_laid, self._laid))
+
+    def _jitted_turn(self, prompt_slots: int, width: int) -> Any:
+        function = self._spread(partial(self._turn, prompt_slots, width), "draws", "rows", "same", "rows")
+        return jax.jit(function, out_shardings=(self._rows_laid, self._laid), donate_argnums=1)
+
+    # --- from shapes alone: the devices may be of a slice that is not at hand ---
+
+    def traced_begin(self, prompt_slots: int) -> jax.stages.Traced:
+        """The program that reads prompts with so many slots."""
+        count = self.ways * self.rows
+
+        def rows(kind: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count, *shape), kind, sharding=self._laid)
+
+        spread = NamedSharding(self.devices, PartitionSpec("replica"))
+        keys = jax.ShapeDtypeStruct((self.devices.shape["replica"], 2), np.uint32, sharding=spread)
+        prompts = rows(np.uint32, 2), rows(np.int32, prompt_slots), rows(np.int32)
+        found: jax.stages.Traced = self._jitted_begin().trace(self.weight_shapes, keys, *prompts, None)
+        return found
+
+    def traced_turn(self, prompt_slots: int, new_slots: int, width: int) -> jax.stages.Traced:
+        """The program that draws at most `width` tokens of rows with so many slots."""
+        begun: Rows = self.traced_begin(prompt_slots).out_info[0]
+        slots = prompt_slots + new_slots
+
+        def grown(leaf: Any) -> jax.ShapeDtypeStruct:
+            shape = (*leaf.shape[:2], slots, leaf.shape[3])
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=self._rows_laid.cache)
+
+        flat = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._laid), begun)
+        rows = flat._replace(cache=jax.tree.map(grown, begun.cache))
+        ages = jax.ShapeDtypeStruct((2,), np.int32, sharding=self._none)
+        found: jax.stages.Traced = self._jitted_turn(prompt_slots, width).trace(self.weight_shapes, rows, ages, None)
+        return found
 
     # --- what a device does with its own rows ---
 
@@ -416,7 +462,7 @@ def at_once(devices: jax.sharding.Mesh) -> int:
     A CPU's device takes one small operation after another, most of them on one core: each core has a batch of its own. Where a
     device is one of several, or no CPU, one batch is enough.
     """
-    alone = devices.size == 1 and jax.process_count() == 1 and devices.devices.flat[0].platform == "cpu"
+    alone = devices.size == 1 and jax.process_count() == 1 and platforms.target(devices) == "cpu"
     return min(_THREADS, mesh.cores()) if alone else 1
 
 
@@ -437,7 +483,7 @@ def rows_for(
     # At one time: rows that are drawn, what two batches are brought together into, and those that wait at some ages.
     each = 6 * 2 * size["L"] * size["K"] * size["H"] * slots * width // tensor + 4 * 4 * padded
     fits = int(_ROOM * memory - weights) // (each * at_once(devices))
-    most = _MOST["cpu" if devices.devices.flat[0].platform == "cpu" else "accelerator"]
+    most = _MOST["cpu" if platforms.target(devices) == "cpu" else "accelerator"]
     part = -(-texts * devices.shape["replica"] // (mesh.text_ways(devices) * at_once(devices)))
     wanted = max(1, min(fits, most, 1 << (part - 1).bit_length()))
     return 1 << (wanted.bit_length() - 1)

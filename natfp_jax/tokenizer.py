@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from natfp_jax.errors import UserError
 from natfp_jax.files import whole_file
 
-__all__ = ["EOS", "Tokenizer"]
+__all__ = ["EOS", "Tokenizer", "padded"]
 
 EOS = "<|eos|>"  # ends every document, comes before every prompt
 
@@ -25,6 +25,11 @@ _SMALLEST = 257  # one entry for each byte, and EOS
 
 # Unset, the library warns on stderr at every later fork, also at those that never encode.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def padded(size: int) -> int:
+    """So many ids rounded up to a multiple of 128."""
+    return -(-size // 128) * 128
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Tokenizer:
     @property
     def padded_size(self) -> int:
         """`size` rounded up to a multiple of 128; ids from `size` on are padding and never occur."""
-        return -(-self.size // 128) * 128
+        return padded(self.size)
 
     @functools.cached_property
     def sha256(self) -> str:

@@ -34,7 +34,7 @@ from natfp_jax.program import Program, State, execution_of, one_each, program_of
 from natfp_jax.runs import RunFolder
 from natfp_jax.stopping import Stop
 
-__all__ = ["EARLY", "check", "conditions", "laid", "load_params", "load_weights", "quiet", "replay", "train"]
+__all__ = ["EARLY", "check", "check_laid", "conditions", "laid", "load_params", "load_weights", "quiet", "replay", "train"]
 
 EARLY = (1, 2, 4, 8)  # steps whose weights are hashed, so that an audit can prove the descent from step 0 in a moment
 _GO_ON, _SAVE, _STOP = 0, 1, 2  # what a process asks for; the most of them is what all do
@@ -357,13 +357,18 @@ def replay(
 
 def check(experiment: Experiment, store: Store, settings: Run, devices: jax.sharding.Mesh) -> None:
     """Raises a UserError if the experiment cannot run on this mesh, or has no whole batch to be validated on."""
+    check_laid(experiment, store.tokenizer.padded_size, settings, devices)
+    validation_batches(store, experiment, settings)
+
+
+def check_laid(experiment: Experiment, padded: int, settings: Run, devices: jax.sharding.Mesh) -> None:
+    """Raises a UserError if the experiment cannot run on this mesh, with a vocabulary of this padded size."""
     batch, parts = experiment.data.batch, settings.microbatches
     if batch % parts:
         raise UserError(f"experiment.data.batch {batch} does not divide into run.microbatches {parts}")
     name = "experiment.data.batch" if parts == 1 else f"experiment.data.batch {batch} / run.microbatches {parts} ="
     mesh.check_batch(name, batch // parts, devices)
-    specs = lora.table(experiment.model, store.tokenizer.padded_size, experiment.lora)
+    specs = lora.table(experiment.model, padded, experiment.lora)
     mesh.check_params(specs, devices)
     if experiment.perturb is not None:
         params.check_perturb({path: spec.shape for path, spec in specs.items()}, experiment.perturb)
-    validation_batches(store, experiment, settings)

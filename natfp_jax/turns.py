@@ -20,7 +20,7 @@ from natfp_jax import processes
 from natfp_jax.params import Params
 from natfp_jax.sample import NEW_SLOTS, New, Programs, Rows, at_once, new_slots_for, pad_prompts, prompt_words, slots_for
 
-__all__ = ["Drawn", "draw"]
+__all__ = ["Drawn", "Stretch", "draw", "stretches"]
 
 _FULL = 3 / 4  # of a batch: with fewer rows than that it waits for others, rather than be drawn half empty
 
@@ -34,6 +34,14 @@ class Drawn(NamedTuple):
     id_NW: np.ndarray
     length_N: np.ndarray
     log_p_NW: np.ndarray
+
+
+class Stretch(NamedTuple):
+    """Tokens that are drawn in one turn."""
+
+    until: int  # the age that rows have then
+    slots: int  # of a text, for what is new
+    width: int  # tokens of the program's output
 
 
 @dataclass
@@ -97,7 +105,7 @@ class _Queue:
         self.given_NW = given_NW
         self.id_NW = np.full((draws * len(prompts), new_tokens), programs.eos, np.int32)
         self.log_p_NW = np.zeros((draws * len(prompts), new_tokens), np.float32)
-        self.ages = _ages(new_tokens)
+        self.stretches = stretches(new_tokens)
         # The draw that each device's rows are of.
         each = programs.ways // programs.devices.shape["replica"]
         self.draw_of = [device // each % draws for device in range(programs.ways)]
@@ -184,11 +192,10 @@ class _Queue:
             )
             self._take(batch, new, 1)
             return
-        until = next(age for age in self.ages if age > batch.age)
-        if new_slots_for(until) > batch.slots:
-            batch.slots = new_slots_for(until)
-            batch.rows = self.programs.grow(batch.rows, self.slots + batch.slots)
-        width = max(NEW_SLOTS // 2, batch.slots // 4)
+        until, slots, width = next(one for one in self.stretches if one.until > batch.age)
+        if slots > batch.slots:
+            batch.slots = slots
+            batch.rows = self.programs.grow(batch.rows, self.slots + slots)
         given_BW = self._given(batch, until, width)
         batch.rows, new = self.programs.turn(self.weights, batch.rows, batch.age, until, self.slots, width, given_BW)
         self._take(batch, new, until)
@@ -254,6 +261,12 @@ def _lengths(id_NW: np.ndarray, eos: int) -> np.ndarray:
     """How many ids of each row count: up to and including the first EOS."""
     before_NW = np.cumsum(id_NW == eos, axis=1) == 0
     return np.minimum(before_NW.sum(axis=1) + 1, id_NW.shape[1])
+
+
+def stretches(new_tokens: int) -> list[Stretch]:
+    """The turns that draw so many tokens, behind the first, which is drawn where prompts are read."""
+    ages = ((age, new_slots_for(age)) for age in _ages(new_tokens) if age > 1)
+    return [Stretch(age, slots, max(NEW_SLOTS // 2, slots // 4)) for age, slots in ages]
 
 
 def _ages(new_tokens: int) -> list[int]:
