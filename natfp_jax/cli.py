@@ -40,7 +40,7 @@ Overrides = Annotated[
     ),
 ]
 _OUT = Path("out")
-_OF_A_STUDY = ("run", "train", "sample", "attribute", "report")  # the verbs that take overrides
+_OF_A_STUDY = ("run", "train", "sample", "attribute", "report", "plan")  # the verbs that take overrides
 _OF_A_PATH = ("--out", "--texts", "--save", "--json", "--tokenizer", "--others")  # their values may have the sign in them
 FALSE = 1  # exit code: an audit found something that is not so
 _UNWRITABLE = {
@@ -401,6 +401,49 @@ def power(
     console.print(planning.needed(plan, excesses, power, fraction))
 
 
+def plan(
+    study: StudyFile,
+    overrides: Overrides = (),
+    /,
+    topology: Annotated[str | None, tyro.conf.arg(metavar="CHIP:SHAPE")] = None,
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+) -> None:
+    """Says what a study costs on a slice, before it is rented: memory, operations, what is sent, and the least time.
+
+    Compiles the training step and the sampler themselves, without a corpus and without the devices. For TPUs it needs the
+    `tpu` extra; for GPUs it is an estimate.
+
+    Example: natfp plan configs/quickstart.py --topology v5e:4x4 run.mesh.fsdp=4
+
+    Args:
+      topology: such as v5e:4x4, v5p:2x2x2, h200:8 or cpu:8; left out: the devices at hand.
+      json: where the numbers are written too.
+    """
+    configured = load_study(study, overrides)
+    from natfp_jax import chips, mesh, platforms, programs
+    from natfp_jax import topology as topologies
+    from natfp_jax.plan import plan as planned
+    from natfp_jax.plan import remedy
+    from natfp_jax.plan_tables import notes, refused, tables
+
+    wanted = None if topology is None else chips.parse(topology)
+    if wanted is not None:
+        topologies.prepare(wanted)
+    programs.keep()
+    rented = topologies.rented(wanted)
+    devices = mesh.make(configured.run.mesh, rented.devices)
+    with Progress() as progress, platforms.planned(rented.chip.platform):
+        found = planned(configured, rented.name, rented.chip, devices, progress.say, rented.stand_in)
+        other = None if found.fits else remedy(configured, found, devices, progress.say)
+    console = _console()
+    for table in tables(found):
+        console.print(table)
+    for line in [*notes(found), *([] if found.fits else [refused(other)])]:
+        console.print(f"- {line}", highlight=False)
+    if json is not None:
+        write_json(json, {**found.json(), "remedy": None if other is None else asdict(other)})
+
+
 def audit(
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")] = _OUT,
     /,
@@ -574,7 +617,7 @@ def _told(error: BaseException, quiet: bool = False) -> int:
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    every = (run, train, sample, attribute, predict, report, status, power, audit, generate, export)
+    every = (run, train, sample, attribute, predict, report, status, power, plan, audit, generate, export)
     verbs = {verb.__name__: verb for verb in every}
     try:
         tyro.extras.subcommand_cli_from_dict(
