@@ -97,8 +97,7 @@ def _time(plan: Plan) -> Table:
             _hours(one.seconds / 3600),
         )
     for texts in plan.texts:
-        ways = plan.devices if plan.devices else 1
-        rate = texts.rows * ways / texts.time.seconds
+        rate = texts.everywhere / texts.time.seconds
         all_texts = f"{texts.draws} x {texts.texts:,}"
         shown.add_row(
             "sample",

@@ -28,6 +28,7 @@ class Texts:
     draws: int
     texts: int  # of one draw
     rows: int  # that a device draws together
+    everywhere: int  # that all devices do
     slots: int  # of a text, for its prompt and for what is new
     memory: Memory
     time: Time  # of a token of all rows, in the last stretch
@@ -74,6 +75,7 @@ def texts_of(
         draws=count,
         texts=sampling.prompts,
         rows=rows,
+        everywhere=rows * made.ways,
         slots=prompt_slots + new_slots_for(new),
         memory=_memory(made, last, chip.usable),
         time=token,

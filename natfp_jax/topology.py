@@ -48,6 +48,9 @@ def prepare(wanted: Slice) -> None:
     """
     jax.config.update("jax_platforms", "cpu")
     if wanted.platform != "tpu":
+        # The other way to say how many, which JAX refuses beside this one.
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if "xla_force_host_platform_device_count" not in flag)
         jax.config.update("jax_num_cpu_devices", wanted.shape[0])
         return
     if importlib.util.find_spec("libtpu") is None:
