@@ -1,6 +1,6 @@
 """What `natfp plan` predicts against what is measured, on the devices at hand.
 
-    python -m benchmarks.plan [--seconds 5] [--save]
+    python -m benchmarks.plan [--seconds 5] [--shapes 0 1] [--save]
 
 Of every shape: bytes of a step as predicted, and at the peak by the device's own count where it has one (a CPU has none);
 operations as counted, and by XLA, which counts the body of a loop once; the least seconds of a step, and of texts of full
@@ -111,11 +111,15 @@ def main() -> None:
     """The program."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=5.0, help="of one measurement, about")
+    parser.add_argument("--shapes", type=int, nargs="*", help="which of the shapes, by number; default all")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/plan[-gpu].*")
     arguments = parser.parse_args()
     programs.keep()
     there = rented(None)
-    rows = [measured(shape, there, arguments.seconds) for shape in SHAPES]
+    rows = [
+        measured(shape, there, arguments.seconds)
+        for shape in (SHAPES if arguments.shapes is None else [SHAPES[place] for place in arguments.shapes])
+    ]
     columns = ["width x layers, batch x tokens, vocabulary", "bytes", "peak", "FLOP", "by XLA"]
     columns += ["step", "measured", "ratio", "spread", "texts", "measured", "ratio", "spread"]
     lines = [
