@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import meshes
 
-__all__ = ["HEARTBEAT", "cut", "hosts", "missing", "study", "two_hosts"]
+__all__ = ["ADDRESSES", "HEARTBEAT", "cut", "hosts", "mend", "missing", "study", "two_hosts"]
 
 HEARTBEAT = 10  # seconds
 SLACK = 2  # seconds, for a beat that had just begun and for the end of the process itself
@@ -49,22 +49,22 @@ def study(steps: int, save_minutes: float = 0.05) -> str:
 
 
 @contextlib.contextmanager
-def two_hosts(folder: Path) -> Iterator[Callable[[int], list[str]]]:
+def two_hosts(folder: Path, names: tuple[str, str] = NAMES) -> Iterator[Callable[[int], list[str]]]:
     """Joins two hosts by a cable; yields what to put before a command to have it run on host 0 or 1."""
-    names = folder / "hosts"
-    names.write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for a, n in zip(ADDRESSES, NAMES, strict=True)))
-    enter = f'mount --bind {names} /etc/hosts && hostname "$0" && exec "$@"'
+    known = folder / "hosts"
+    known.write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for a, n in zip(ADDRESSES, names, strict=True)))
+    enter = f'mount --bind {known} /etc/hosts && hostname "$0" && exec "$@"'
     try:
-        for name in NAMES:
+        for name in names:
             _ip("netns", "add", name)
-        _ip("-n", NAMES[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", NAMES[1])
-        for name, address in zip(NAMES, ADDRESSES, strict=True):
+        _ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        for name, address in zip(names, ADDRESSES, strict=True):
             _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
             mend(name)
             _ip("-n", name, "link", "set", "lo", "up")
-        yield lambda host: ["nsenter", f"--net=/run/netns/{NAMES[host]}", "unshare", "-m", "-u", "sh", "-c", enter, NAMES[host]]
+        yield lambda host: ["nsenter", f"--net=/run/netns/{names[host]}", "unshare", "-m", "-u", "sh", "-c", enter, names[host]]
     finally:
-        for name in NAMES:
+        for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
