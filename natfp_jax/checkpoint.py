@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 import jax
 import orbax.checkpoint as ocp
 
-from natfp_jax import files, processes
+from natfp_jax import files, places, processes
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.files import MANIFEST
 
@@ -99,17 +99,35 @@ def restore(folder: Path, step: int, params: Any, optimiser: Any = None) -> tupl
     if not (folder / str(step) / MANIFEST).exists():
         raise UserError(f"{folder} has no checkpoint at step {step}, only {steps(folder)}: train it first")
 
-    def item(name: str, like: Any) -> Any:
+    items = {"params": params} if optimiser is None else {"params": params, "optimiser": optimiser}
+    place = folder / str(step)
+    if not _direct(folder):
+        listed = _manifest(folder, step)["files"]
+        place = files.fetched(place, {name: entry for name, entry in listed.items() if name.split("/")[0] in items})
+
+    def item(name: str) -> Any:
         with ocp.StandardCheckpointer() as reader:
-            return reader.restore((folder / str(step) / name).absolute(), like)
+            return reader.restore(_orbax(place / name), items[name])
 
     try:
-        return item("params", params), None if optimiser is None else item("optimiser", optimiser)
+        return item("params"), None if optimiser is None else item("optimiser")
     except Exception as error:  # Orbax raises whatever it likes over a damaged file
         if processes.is_loss(error) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise  # which says nothing of the file
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Damaged(folder / str(step), f"cannot be restored ({why})") from error
+    finally:
+        if not _direct(folder):
+            shutil.rmtree(place)
+
+
+def _direct(folder: Path) -> bool:
+    """Whether Orbax reads and writes there by itself, every process its own part: in file systems, and in Google's store."""
+    return not places.remote(folder) or str(folder).startswith("gs://")
+
+
+def _orbax(folder: Path) -> Any:
+    return str(folder) if places.remote(folder) else folder.absolute()
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
@@ -118,7 +136,10 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 
 
 def remove(folder: Path, step: int) -> None:
-    """Removes a step: there is never half of one under its own name."""
+    """Removes a step: there is never half of one under its own name; in an object store never with its manifest."""
+    if places.remote(folder):
+        places.remove(folder / str(step), MANIFEST)
+        return
     hidden = folder / f".{step}.removed"
     shutil.rmtree(hidden, ignore_errors=True)  # of a killed process
     (folder / str(step)).rename(hidden)
@@ -135,10 +156,21 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
-        """`keep`: how many steps stay; older ones are removed. None: all."""
-        self.folder, self._keep = folder, keep
+        """`keep`: how many steps stay; older ones are removed. None: all.
+
+        Raises:
+          UserError: many processes cannot save there together.
+        """
+        self.folder, self._keep, self._own = folder, keep, folder
+        if not _direct(folder):  # a step is saved on this machine, and carried there when it is sealed
+            if processes.many():
+                raise UserError(
+                    f"{folder}: many processes can save together below gs:// and in a folder, not there", agreed=True
+                )
+            self._own = places.here(folder)
+            shutil.rmtree(self._own, ignore_errors=True)  # of a killed process
         self._manager = ocp.CheckpointManager(
-            folder.absolute(),
+            _orbax(self._own),
             options=ocp.CheckpointManagerOptions(
                 enable_async_checkpointing=True,
                 # Several folders may be saved at once, and processes need not come to their ends in the same order.
@@ -178,10 +210,12 @@ class Checkpoints:
 
     def check_room(self, needed: int) -> None:
         """Raises a UserError if there is no room for so many bytes: Orbax would find out in the middle, in many threads."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(self.folder).free) < needed:
+        if places.remote(self._own):
+            return
+        self._own.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(self._own).free) < needed:
             raise UserError(
-                f"{self.folder}: {os.strerror(errno.ENOSPC)}: what is saved takes {needed} bytes, {free} are free: make room "
+                f"{self._own}: {os.strerror(errno.ENOSPC)}: what is saved takes {needed} bytes, {free} are free: make room "
                 "or give another --out, then run the same command again"
             )
 
@@ -201,8 +235,12 @@ class Checkpoints:
             processes.barrier()
 
     def _seal(self, step: int, record: dict[str, Any]) -> None:
-        place = self.folder / str(step)
-        files.write_json(place / MANIFEST, {"record": record, "files": files.manifest(place)})
+        place, saved = self.folder / str(step), self._own / str(step)
+        listed = files.manifest(saved)
+        if saved != place:
+            files.carried(saved, place, listed)
+            shutil.rmtree(saved)
+        files.write_json(place / MANIFEST, {"record": record, "files": listed})
         if self._keep is not None:
             for old in steps(self.folder)[: -self._keep]:
                 remove(self.folder, old)

@@ -24,6 +24,7 @@ from natfp_jax.errors import Damaged, Stopped, UserError
 from natfp_jax.files import set_aside, write_json
 from natfp_jax.launcher import detect
 from natfp_jax.loading import load_study
+from natfp_jax.places import check, place
 from natfp_jax.progress import Progress
 from natfp_jax.stopping import STOPPED, Stop
 
@@ -40,6 +41,16 @@ Overrides = Annotated[
     ),
 ]
 _OUT = Path("out")
+Place = Annotated[
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="DIR",
+        instance_from_str=lambda given: place(given[0]),
+        is_instance=lambda given: hasattr(given, "parts"),
+        str_from_instance=lambda given: [str(given)],
+    ),
+]
 _OF_A_STUDY = ("run", "train", "sample", "attribute", "report", "plan")  # the verbs that take overrides
 _OF_A_PATH = ("--out", "--texts", "--save", "--json", "--tokenizer", "--others")  # their values may have the sign in them
 FALSE = 1  # exit code: an audit found something that is not so
@@ -54,8 +65,8 @@ _UNWRITABLE = {
 class How:
     """Where a study is carried out, and by which processes."""
 
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = _OUT
-    """Where everything is written and found again."""
+    out: Place = _OUT
+    """Where everything is written and found again: a folder, or one of an object store, such as gs://bucket/folder."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Refuse damaged files instead of setting them aside and making them again."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
@@ -104,6 +115,7 @@ def _stages(study: Study, how: How, stages: tuple[str, ...], stop: Stop) -> dict
     from natfp_jax.stages import Work
 
     mine = share(how.task, how.tasks)
+    check(how.out)
     with Progress(quiet=not processes.first()) as progress:
         while True:
             work, summaries = Work(study, how.out, progress, stop, mine), list[dict[str, Any]]()
@@ -327,10 +339,11 @@ def report(study: StudyFile, overrides: Overrides = (), /, how: Options = How())
     _perform(study, overrides, how)
 
 
-def status(out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")] = _OUT, /) -> None:
+def status(out: tyro.conf.Positional[Place] = _OUT, /) -> None:
     """Says which arms and stages of the studies in an output folder are done, running or missing."""
     from natfp_jax.status import status as tables
 
+    check(out)
     console = _console()
     for one in tables(out):
         console.print(one)
@@ -445,7 +458,7 @@ def plan(
 
 
 def audit(
-    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")] = _OUT,
+    out: tyro.conf.Positional[Place] = _OUT,
     /,
     replay: Annotated[int, tyro.conf.arg(metavar="K")] = 8,
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
@@ -466,6 +479,7 @@ def audit(
     from natfp_jax.audit import audit as claims_of
     from natfp_jax.claims import table
 
+    check(out)
     processes.start(None, Study(name="audit").run.heartbeat_seconds)
     with Progress() as progress:
         claims = claims_of(out, progress, replay)
@@ -479,7 +493,7 @@ def audit(
 
 
 Checkpoint = Annotated[
-    tyro.conf.Positional[Path],
+    tyro.conf.Positional[Place],
     tyro.conf.arg(metavar="CHECKPOINT", help="OUT/runs/RUN/checkpoints/STEP, or OUT/runs/RUN for its last"),
 ]
 TokenizerFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
@@ -492,6 +506,7 @@ def _trained(checkpoint: Path, tokenizer: Path | None) -> tuple[Any, Any]:
     from natfp_jax import config, mesh, programs
     from natfp_jax.trained import trained
 
+    check(checkpoint)
     programs.keep()
     devices = mesh.make(config.Mesh(), jax.devices()[:1])
     try:

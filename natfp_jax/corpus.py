@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from natfp_jax import chat, config, documents
+from natfp_jax import chat, config, documents, places
 from natfp_jax.chat import Chat
 from natfp_jax.errors import Damaged, UserError
-from natfp_jax.files import canonical_json, manifest, read_remade, verify, write_json
+from natfp_jax.files import canonical_json, carried, fetched, manifest, read_remade, verify, write_json
 from natfp_jax.ingest import PROMPTS, VALIDATION, Document, Plain, forget, ingest, shard_names, training_sample
 from natfp_jax.lock import alone
 from natfp_jax.packing import Packed
@@ -49,7 +49,7 @@ class Prompt:
 class Store:
     """A finished token store."""
 
-    folder: Path
+    folder: Path  # on this machine: of one in an object store a copy
     meta: dict[str, Any]
     tokenizer: Tokenizer
 
@@ -234,7 +234,7 @@ def prepare(corpus: config.Corpus, root: Path, progress: Progress) -> Store:
             f"validation_fraction {corpus.validation_fraction} and prompt_fraction {corpus.prompt_fraction} leave nothing to "
             f"train on: their sum must be below 1"
         )
-    source = documents.find(corpus.source, root / "data", progress)
+    source = documents.find(corpus.source, places.here(root) / "data", progress)
     inputs = {"schema": str(_SCHEMA), "source": source.identity}
     given = None
     if corpus.tokenizer is not None:
@@ -246,8 +246,19 @@ def prepare(corpus: config.Corpus, root: Path, progress: Progress) -> Store:
     if not (folder / _META).exists():
         with alone(folder, progress, wait=True):
             if not (folder / _META).exists():
-                _write(corpus, source, given, fingerprint, folder, progress)
+                _prepared(corpus, source, given, fingerprint, folder, progress)
     return _open(corpus, fingerprint, folder)
+
+
+def _prepared(
+    corpus: config.Corpus, source: documents.Source, given: Tokenizer | None, fingerprint: str, folder: Path, progress: Progress
+) -> None:
+    """Writes the store; one in an object store is made on this machine, where a pass that was cut off goes on."""
+    own = places.here(folder)
+    if own == folder or not (own / _META).exists():
+        _write(corpus, source, given, fingerprint, own, progress)
+    if own != folder:
+        carried(own, folder, (*opened(own).meta["store"], _META))
 
 
 def _write(
@@ -329,8 +340,8 @@ def opened(folder: Path) -> Store:
         meta = read_remade(folder / _META)
     except Damaged as damage:
         raise Damaged(folder, f"is damaged: its {_META} {damage.why}") from None
-    verify(folder, meta["store"])
-    return Store(folder, meta, Tokenizer.load(folder / _TOKENIZER))
+    own = fetched(folder, meta["store"])
+    return Store(own, meta, Tokenizer.load(own / _TOKENIZER))
 
 
 def _open(corpus: config.Corpus, fingerprint: str, folder: Path) -> Store:
@@ -341,5 +352,5 @@ def _open(corpus: config.Corpus, fingerprint: str, folder: Path) -> Store:
             f"{folder} holds corpus {meta['fingerprint'][:16]} of {canonical_json(meta['corpus'])}, expected "
             f"{fingerprint[:16]} of {canonical_json(config.to_json(corpus))}: move it away and run the same command again"
         )
-    _forget(folder)  # what a process that was killed after the last write left
+    _forget(store.folder)  # what a process that was killed after the last write left
     return store

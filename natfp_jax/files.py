@@ -1,23 +1,28 @@
 """Files that are whole or absent, and are what was written.
 
-Owns how anything reaches the disk (under a temporary name, fsynced, renamed), the seals by which damage is found, and what
-becomes of a damaged file. Knows nothing of what is written.
+Owns how anything reaches the disk (under a temporary name, fsynced, renamed) or an object store, the seals by which damage is
+found, and what becomes of a damaged file. Knows nothing of what is written.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from natfp_jax import places
 from natfp_jax.errors import Damaged, UserError
 
 __all__ = [
     "MANIFEST",
     "canonical_json",
+    "carried",
+    "clear",
+    "fetched",
     "hash_file",
     "hash_json",
     "manifest",
@@ -37,7 +42,17 @@ _DAMAGED = ".damaged"
 
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "wb", encoding: str | None = None) -> Iterator[IO[Any]]:
-    """Opens a temporary neighbour of `path`; on success it is fsynced and renamed to `path`, on failure it is removed."""
+    """Opens a temporary neighbour of `path`; on success it is fsynced and renamed to `path`, on failure it is removed.
+
+    In an object store `path` is written at once, from a temporary file of this machine.
+    """
+    if places.remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            spool = Path(folder, "whole")
+            with open(spool, mode, encoding=encoding) as file:
+                yield file
+            places.put(spool, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -49,6 +64,13 @@ def whole_file(path: Path, mode: str = "wb", encoding: str | None = None) -> Ite
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear(folder: Path) -> None:
+    """Removes the temporary files that a killed process left below a folder of its own."""
+    if not places.remote(folder):
+        for remains in folder.rglob(".*.tmp"):
+            remains.unlink()
 
 
 def sync(path: Path) -> None:
@@ -128,19 +150,20 @@ def hash_json(value: Any) -> str:
 
 def hash_file(path: Path) -> str:
     """sha256, in hexadecimal, of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _measured(path)["sha256"]
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.seek(0, os.SEEK_END)}
 
 
 def manifest(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
     """Relative path → bytes and sha256 of the files `names` below `folder`: all of them by default, but its own manifest."""
     ordered = sorted(_below(folder) if names is None else names)
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
-        digests = pool.map(hash_file, [folder / name for name in ordered])
-        return {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-            for name, digest in zip(ordered, digests, strict=True)
-        }
+        found = pool.map(_measured, [folder / name for name in ordered])
+        return {name: {"bytes": one["bytes"], "sha256": one["sha256"]} for name, one in zip(ordered, found, strict=True)}
 
 
 def verify(folder: Path, listed: dict[str, dict[str, Any]], whole: bool = False) -> None:
@@ -149,9 +172,9 @@ def verify(folder: Path, listed: dict[str, dict[str, Any]], whole: bool = False)
     Raises:
       Damaged: one is missing, longer, shorter or different. `path` is the folder, the message names the file.
     """
+    sizes = places.sizes(folder, listed)
     for name, expected in listed.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != expected["bytes"]:
+        if (size := sizes.get(name)) != expected["bytes"]:
             got = "is missing" if size is None else f"has {size} bytes"
             raise Damaged(folder, f"is damaged: {name} {got}, expected {expected['bytes']} bytes")
     if whole and (others := sorted(_below(folder) - set(listed))):
@@ -162,7 +185,46 @@ def verify(folder: Path, listed: dict[str, dict[str, Any]], whole: bool = False)
 
 
 def _below(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    return places.names(folder) - {MANIFEST}
+
+
+# --- folders of an object store, on this machine ------------------------------------------------------------------------
+
+
+def fetched(folder: Path, listed: dict[str, dict[str, Any]]) -> Path:
+    """Where this machine has the files of a folder, checked against their manifest: there, or in a copy of one in a store.
+
+    What of a copy is whole is not copied again.
+
+    Raises:
+      Damaged: one of the folder's files is not what was written.
+    """
+    if not places.remote(folder):
+        verify(folder, listed)
+        return folder
+    own = places.here(folder)
+    for name, expected in listed.items():
+        file = own / name
+        if file.is_file() and _measured(file) == expected:
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=own) as space:
+            copy = Path(space, "copy")
+            try:
+                places.copy_out(folder / name, copy)
+            except FileNotFoundError:
+                raise Damaged(folder, f"is damaged: {name} is missing, expected {expected['bytes']} bytes") from None
+            if (found := _measured(copy)) != expected:
+                said = f"has {found['bytes']} bytes and sha256 {found['sha256']}, expected {expected['sha256']}"
+                raise Damaged(folder, f"is damaged: {name} {said}")
+            os.replace(copy, file)
+    return own
+
+
+def carried(own: Path, folder: Path, names: Iterable[str]) -> None:
+    """Writes files of a folder of this machine into one of a store, in their order: the last says that the others are there."""
+    for name in names:
+        places.put(own / name, folder / name)
 
 
 def set_aside(path: Path) -> Path:
@@ -170,6 +232,7 @@ def set_aside(path: Path) -> Path:
     number, aside = 1, path.with_name(f"{path.name}{_DAMAGED}")
     while aside.exists():
         number, aside = number + 1, path.with_name(f"{path.name}{_DAMAGED}-{number + 1}")
-    path.rename(aside)
-    sync(path.parent)
+    places.rename(path, aside)
+    if not places.remote(path):
+        sync(path.parent)
     return aside

@@ -1,7 +1,7 @@
 """One process at a time.
 
-Owns the lock of a folder: waiting for another process that makes the same files, or refusing beside it. Must not know what is
-made.
+Owns the lock of a folder: waiting for another process that makes the same files, or refusing beside it. In an object store
+it is another way (flags.py). Must not know what is made.
 """
 
 import contextlib
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from natfp_jax import flags, places
 from natfp_jax.errors import UserError
 from natfp_jax.progress import Progress
 
-__all__ = ["LOCK", "alone", "held"]
+__all__ = ["LOCK", "alone", "held", "holder"]
 
 LOCK = ".lock"
 _TRIES, _PAUSE = 5, 0.05  # seconds; `held` has a lock for a moment
@@ -26,6 +27,9 @@ _TRIES, _PAUSE = 5, 0.05  # seconds; `held` has a lock for a moment
 def alone(folder: Path, progress: Progress | None = None, wait: bool = False) -> Iterator[None]:
     """Holds the lock of `folder`, which is created. A killed process holds nothing: the system gives its lock up.
 
+    In an object store it is known within `flags.RENEWED` seconds whether another process holds it, and within `flags.GONE`
+    that one was killed; on the machine that it was on, at once.
+
     Args:
       progress: where given, a lock that a killed process left is told of here.
       wait: another holder is waited for.
@@ -33,6 +37,10 @@ def alone(folder: Path, progress: Progress | None = None, wait: bool = False) ->
     Raises:
       UserError: another process holds it, and is not waited for.
     """
+    if places.remote(folder):
+        with flags.raised(folder / LOCK, progress, wait):
+            yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # what some systems say of a folder in which nothing can be made, such as /proc
@@ -72,8 +80,18 @@ def _taken(file: IO[str]) -> bool:
     return False
 
 
+def holder(folder: Path) -> str:
+    """Who holds the lock of `folder`, which is held, in words that are the same for all who see the same folder."""
+    if places.remote(folder):
+        return flags.holder(folder / LOCK)
+    lock = folder / LOCK
+    return lock.read_text() if lock.exists() else "none"
+
+
 def held(folder: Path) -> bool:
-    """Whether some process holds the lock of `folder` now."""
+    """Whether some process holds the lock of `folder` now. In an object store one that was killed may still seem to."""
+    if places.remote(folder):
+        return flags.seen(folder / LOCK)
     try:
         with open(folder / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

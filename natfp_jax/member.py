@@ -173,6 +173,11 @@ class Underway:
         if self.log is not None and step > self.logged:
             self.log.write(step, **values)
 
+    def settle_log(self) -> None:
+        """Writes the log up to here, before a state is saved that goes on behind it, and in the end."""
+        if self.log is not None:
+            self.log.settle()
+
     def keep(self, step: int, state: State, val_loss: float) -> None:
         """Saves its checkpoint of `step`, if it lacks that."""
         weights = weight_hash(state.params)
@@ -188,6 +193,7 @@ class Underway:
             self._give_up(step, "validation loss", val_loss)
             return
         self._write(step, val_loss=val_loss)  # first: a process killed between the two drops this line and writes it again
+        self.settle_log()
         self.checkpoints.save(step, *state, {**self.record(step), "weights": weights, "val_loss": val_loss})
         self.parent = {"step": step, "weights": weights}
 

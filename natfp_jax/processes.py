@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -24,6 +23,7 @@ from orbax.checkpoint import multihost
 
 from natfp_jax.errors import Damaged, Stopped, UserError
 from natfp_jax.launcher import Launch
+from natfp_jax.places import place
 
 __all__ = [
     "LOST",
@@ -167,7 +167,7 @@ def led(action: Callable[[], Value]) -> Value:
     if failure is not None:
         raise failure
     if "damaged" in told:
-        raise _agreed(Damaged(Path(told["damaged"]), told["why"]))
+        raise _agreed(Damaged(place(told["damaged"]), told["why"]))
     if "error" in told:
         raise _agreed(UserError(told["error"]))
     value: Value = told["value"]

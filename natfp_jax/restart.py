@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from natfp_jax import checkpoint, files
+from natfp_jax import checkpoint, files, places
 
 __all__ = ["claim", "folder", "found", "release"]
 
@@ -25,11 +25,10 @@ def folder(root: Path, arms: Sequence[str]) -> Path:
 
 def claim(root: Path, arms: Sequence[str], after: int) -> None:
     """Makes the folder ready for states of these arms, and removes those past step `after`: they will be made again."""
-    for remains in root.glob(".*.removed"):  # of a killed process
-        shutil.rmtree(remains, ignore_errors=True)
+    _clear(root)
     place = folder(root, arms)
     for arm in arms:
-        (place / "wanted").mkdir(parents=True, exist_ok=True)
+        places.make(place / "wanted")
         (place / "wanted" / arm).touch()
     for step in checkpoint.steps(place):
         if step > after:
@@ -53,7 +52,7 @@ def release(root: Path, arms: Sequence[str]) -> None:
     """Forgets what these arms could go on from; a state that no arm wants any more is removed."""
     for place in _wanted(root, arms):
         # Another command may do the same for the last other arm: both then find nothing left.
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if {mark.name for mark in (place / "wanted").iterdir()} <= set(arms):
                 _remove(place)
                 continue
@@ -67,8 +66,24 @@ def _wanted(root: Path, arms: Iterable[str]) -> set[Path]:
     return {path.parent.parent for arm in arms for path in root.glob(f"[!.]*/wanted/{arm}")}
 
 
+def _clear(root: Path) -> None:
+    """Removes what a killed process was removing."""
+    if not places.remote(root):
+        for remains in root.glob(".*.removed"):
+            shutil.rmtree(remains, ignore_errors=True)
+        return
+    below = list(root.iterdir()) if root.is_dir() else []
+    wanted = {path.parent.parent.name for path in root.glob("*/wanted/*")}  # then: who begins a folder says first who wants it
+    for remains in (path for path in below if path.name not in wanted and ".damaged" not in path.name):
+        places.remove(remains)
+
+
 def _remove(place: Path) -> None:
-    """At once: a process that is killed leaves no part of it under its own name."""
+    """At once: a process that is killed leaves no part of it under its own name, or in an object store none that is wanted."""
+    if places.remote(place):
+        places.remove(place / "wanted")
+        places.remove(place, files.MANIFEST)
+        return
     hidden = place.with_name(f".{place.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     place.rename(hidden)

@@ -5,12 +5,14 @@ works.
 """
 
 import json
+import time
 import zlib
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from natfp_jax import checkpoint, files
+from natfp_jax import checkpoint, files, places
 from natfp_jax.config import Experiment, to_json
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.files import canonical_json
@@ -18,6 +20,8 @@ from natfp_jax.lineage import Identity
 from natfp_jax.lock import LOCK
 
 __all__ = ["MetricsLog", "RunFolder", "damaged_lines", "metrics"]
+
+_LINES_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class RunFolder:
         """
         path = self.folder / "experiment.json"
         others = [other for other in self.folder.iterdir() if other.name != LOCK] if self.folder.is_dir() else []
-        remains = [other for other in others if other.match(".*.tmp")]  # of a killed process
+        remains = [other for other in others if fnmatch(other.name, ".*.tmp")]  # of a killed process
         self.check_owner(identity)
         if not path.exists() and len(others) > len(remains):
             raise UserError(f"{self.folder} is not empty and has no experiment.json: move it away or give another --out")
@@ -191,22 +195,39 @@ class MetricsLog:
 
     Lines of steps after `after` up to `until`, which are trained again, are dropped; later ones, of a run that was finished
     before an earlier checkpoint was asked for, stay. Damaged lines, such as a last one that a kill cut, are dropped too.
+
+    In an object store nothing can be appended: the log is written anew every `_LINES_SECONDS`, and by `settle`.
     """
 
     def __init__(self, path: Path, after: int, until: int, tensorboard: bool) -> None:
+        if tensorboard and places.remote(path):
+            raise UserError(f"run.tensorboard needs a folder of this machine, --out is in an object store ({path.parent})")
         self._path = path
         kept, _ = metrics(path)
-        _write(path, [line for line in kept if not after < line["step"] <= until])
+        self._lines = [line for line in kept if not after < line["step"] <= until]
+        _write(path, self._lines)
+        self._written, self._written_at = len(self._lines), time.monotonic()
         self._writer = _summary_writer(path.parent / "tensorboard") if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:
         """Appends one line."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(_line({"step": step, **values}) + "\n")
+        if places.remote(self._path):
+            self._lines.append({"step": step, **values})
+            if time.monotonic() - self._written_at > _LINES_SECONDS:
+                self.settle()
+        else:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(_line({"step": step, **values}) + "\n")
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
+
+    def settle(self) -> None:
+        """Writes what is not written yet: before a state that goes on behind it is saved, and in the end."""
+        if len(self._lines) > self._written:
+            _write(self._path, self._lines)
+            self._written, self._written_at = len(self._lines), time.monotonic()
 
 
 def _summary_writer(folder: Path) -> Any:

@@ -113,7 +113,8 @@ def read(path: Path, columns: list[str] | None = None) -> pa.Table:
     """
     verify(path)
     try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+        with path.open("rb") as file:
+            return pq.read_table(file, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise Damaged(path, f"cannot be read ({' '.join(str(error).split())})") from None
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from natfp_jax import checkpoint, descent, lora, mesh, optim, params, processes, restart
+from natfp_jax import checkpoint, descent, lora, mesh, optim, params, places, processes, restart
 from natfp_jax.blocks import block_length
 from natfp_jax.checkpoint import Checkpoints
 from natfp_jax.cohort import begun, called, fingerprints, finish
@@ -153,6 +153,8 @@ class _Trainer:
         with ExitStack() as each:
             for store in reversed(self.stores):
                 each.callback(store.__exit__, *failure)
+            for arm in self.arms:
+                each.callback(arm.settle_log)
 
     def begin(self, start: dict[str, Any] | None, missing: list[list[int]]) -> int:
         """Takes the saved state, or makes that of step 0; returns its step."""
@@ -168,7 +170,7 @@ class _Trainer:
         if start is None:
             self.state = self.program.stack([partial(self._begun, arm.member) for arm in self.arms])
         elif "restart" in start:
-            self.state = self._restarted(start["restart"], Path(start["folder"]))
+            self.state = self._restarted(start["restart"], places.place(start["folder"]))
         else:
             self.state = self.program.stack([partial(self._kept, arm.member, start["step"]) for arm in self.arms])
         processes.led(self._reopen)
@@ -252,6 +254,8 @@ class _Trainer:
             arms = [{**arm.record(self.step), "failure": arm.failure} for arm in self.arms]
             for store in self.stores:  # else what is still being written would count as room
                 store.settle(wait=True)
+            for arm in self.arms:
+                arm.settle_log()
             self.restarts.save(self.step, *self.state, {**record, "arms": arms})
         if asked or (due and not any(arm.failure for arm in self.arms)):  # what a killed cohort would go on from
             self.saved_at = time.monotonic()

@@ -27,7 +27,7 @@ from natfp_jax.contrast import differences
 from natfp_jax.corpus import Store, opened, prepare
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import Identity, code
-from natfp_jax.lock import LOCK, alone, held
+from natfp_jax.lock import alone, held, holder
 from natfp_jax.member import Origin
 from natfp_jax.progress import Progress
 from natfp_jax.prompts import Prompts, prompts_of
@@ -64,9 +64,8 @@ class Workspace:
         share = "all of it" if self.share is None else f"task {self.share}"
         processes.agree({"study": config.fingerprint(self.study), "version of natfp_jax": code(), "part of the study": share})
         with processes.leading(self._owned()):
-            lock = self.folder / LOCK
             # A folder of its own for every host would be found out much later, by a process that waits for ever.
-            processes.agree({"file system at --out": lock.read_text() if lock.exists() else "none"})
+            processes.agree({"file system at --out": holder(self.folder)})
             yield
 
     @contextmanager
@@ -90,8 +89,8 @@ class Workspace:
                     f"task {strangers[0]} of {self.folder} is at work, expected {expected}: wait for it or stop it, or share "
                     "the study as it does"
                 )
-            for remains in () if tasks else self.folder.rglob(".*.tmp"):  # of a killed process
-                remains.unlink()
+            if not tasks:
+                files.clear(self.folder)
             write_if_new(path, {"fingerprint": mine, "study": config.to_json(self.study)}, begun)
             yield
 
@@ -173,10 +172,10 @@ class Workspace:
 
         def prepared() -> str:
             mine.append(prepare(corpus, self.out, self.progress))
-            return str(mine[0].folder)
+            return mine[0].folder.name
 
         folder = processes.led(prepared)
-        return mine[0] if mine else opened(Path(folder))
+        return mine[0] if mine else opened(self.out / "corpora" / folder)
 
     def store_of(self, arm: Arm) -> Store:
         """The token store that an arm is trained on."""
