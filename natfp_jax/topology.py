@@ -27,6 +27,7 @@ _ALONE = {
     "TPU_WORKER_ID": "0",
     "TPU_STDERR_LOG_LEVEL": "4",
     "TPU_MIN_LOG_LEVEL": "4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for who uses the chips
 }
 
 

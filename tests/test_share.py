@@ -24,9 +24,7 @@ NATFP = Path(sys.executable).with_name("natfp")
 
 def of_widths(widths):
     one = Experiment()
-    return [
-        Arm(str(place), (), replace(one, model=Model(width=32 * width, heads=width))) for place, width in enumerate(widths)
-    ]
+    return [Arm(str(place), (), replace(one, model=Model(width=32 * width, heads=width))) for place, width in enumerate(widths)]
 
 
 def cost(arm):
@@ -44,12 +42,13 @@ def test_every_arm_is_dealt_to_one_task_and_stays_in_the_studys_order(widths, ta
     assert dealt(every, tasks) == hands
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=7), st.integers(1, 3))
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 3))
 def test_the_busiest_task_has_at_most_four_thirds_of_what_the_best_dealing_gives_it(widths, tasks):
     every = of_widths(widths)
-    busiest = max(sum(map(cost, hand)) for hand in dealt(every, tasks))
+    costs = [cost(arm) for arm in every]
+    busiest = max(sum(costs[int(arm.id)] for arm in hand) for hand in dealt(every, tasks))
     best = min(
-        max(sum(cost(arm) for arm, hand in zip(every, hands, strict=True) if hand == task) for task in range(tasks))
+        max(sum(one for one, hand in zip(costs, hands, strict=True) if hand == task) for task in range(tasks))
         for hands in itertools.product(range(tasks), repeat=len(every))
     )
     assert busiest <= 4 / 3 * best
@@ -107,7 +106,7 @@ def test_a_share_is_held_once_and_never_beside_a_command_that_does_all_of_it(tmp
         with work(Share(1, 2)).claimed():
             pass
         for other in (Share(0, 3), None):
-            with pytest.raises(UserError, match="task 0-of-2 of .* is at work"), work(other).claimed():
+            with pytest.raises(UserError, match=r"task 0-of-2 of .* is at work"), work(other).claimed():
                 pass
     finally:
         held.__exit__(None, None, None)
