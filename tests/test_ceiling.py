@@ -88,7 +88,7 @@ def test_texts_that_are_given_have_the_likelihood_of_the_forward_pass_under_anot
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, (Greedy(),)])
-@pytest.mark.parametrize(("dtype", "cache"), [("float32", "bfloat16"), ("bfloat16", None)])
+@pytest.mark.parametrize(("dtype", "cache"), [("float32", "bfloat16"), pytest.param("bfloat16", None, marks=pytest.mark.slow)])
 def test_in_low_precision_a_draw_given_to_its_own_sampler_has_what_was_recorded(strategy, dtype, cache):
     """Where a forward pass would say of some of them that they cannot be drawn."""
     model, key, prompts = dataclasses.replace(MODEL, dtype=dtype), draw_key(0, "arm", 1, PLAIN, 0), prompts_of(300, LARGE)

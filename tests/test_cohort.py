@@ -79,7 +79,16 @@ def weights(run):
 # --- strict: bit for bit ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("places", [[0], [5], [4, 0, 7], list(range(8)), list(reversed(range(8)))])
+@pytest.mark.parametrize(
+    "places",
+    [
+        [0],
+        pytest.param([5], marks=pytest.mark.slow),
+        [4, 0, 7],
+        pytest.param(list(range(8)), marks=pytest.mark.slow),
+        list(reversed(range(8))),
+    ],
+)
 def test_a_replica_is_its_solo_run(places, members, alone, one_device, tmp_path):
     cohort = members(tmp_path, places)
     trained(cohort, one_device)
@@ -88,7 +97,7 @@ def test_a_replica_is_its_solo_run(places, members, alone, one_device, tmp_path)
     assert len({tuple(weights(RunFolder(alone / str(place)))) for place in range(8)}) == 8
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("count", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_replicas_on_devices_of_their_own(count, members, alone, tmp_path):
     """Three arms fill two or four places, of which one is left over; eight fill eight."""
     places = range(8) if count == 8 else range(3)
@@ -99,6 +108,7 @@ def test_replicas_on_devices_of_their_own(count, members, alone, tmp_path):
         assert member.run.record(16)["numerics"]["mesh"]["replica"] == count
 
 
+@pytest.mark.slow
 def test_replicas_whose_loss_and_attention_go_in_many_blocks(members, one_device, tmp_path, monkeypatch):
     """Alone, together, and on devices of their own: which blocks there are is all that the program around may not decide."""
     monkeypatch.setattr(blocks, "BLOCK_ROWS", 64)  # four blocks, of two rows or of eight tokens of every row
@@ -131,7 +141,14 @@ def test_replicas_that_are_sharded_themselves(members, alone, tiny, tiny_store, 
             np.testing.assert_allclose(ours[path], leaf, rtol=0, atol=2e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("settings", [{"microbatches": 2}, {"remat": "full"}, {"remat": "dots", "microbatches": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"microbatches": 2}, marks=pytest.mark.slow),
+        pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+        {"remat": "dots", "microbatches": 4},
+    ],
+)
 def test_a_replica_is_its_solo_run_where_memory_is_saved(settings, members, one_device, tmp_path):
     solo, together = members(tmp_path / "solo", [1, 5]), members(tmp_path / "together", [1, 5])
     for member in solo:
@@ -166,7 +183,7 @@ def test_a_step_copies_no_state(tiny, tiny_store, one_device):
 # --- fast: within a tolerance -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_batched_replicas_are_close_to_their_solo_runs(count, members, alone, tiny_store, one_device, tmp_path):
     places = [0, 1, 2, 3]
     cohort = members(tmp_path, places)
@@ -235,7 +252,16 @@ def test_a_cohort_that_is_stopped_at_every_step_ends_with_the_bits_of_solo_runs(
     assert not list((tmp_path / "restart").iterdir())
 
 
-@pytest.mark.parametrize("groups", [[[0], [1], [5]], [[5, 1, 0]], [[1, 5], [0]], [[0, 1, 5]], [[0, 1, 5, 2]]])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        pytest.param([[0], [1], [5]], marks=pytest.mark.slow),
+        [[5, 1, 0]],
+        [[1, 5], [0]],
+        pytest.param([[0, 1, 5]], marks=pytest.mark.slow),
+        [[0, 1, 5, 2]],
+    ],
+)
 def test_a_cohort_that_was_stopped_goes_on_in_other_groups(groups, members, alone, one_device, tmp_path):
     saved = stopped(members(tmp_path, [0, 1, 5]), one_device)
     for places in groups:
@@ -336,7 +362,7 @@ def test_a_log_stands_while_companions_catch_up(members, alone, one_device, tmp_
 # --- other optimisers -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["lion", "muon"])
+@pytest.fixture(scope="module", params=[pytest.param("lion", marks=pytest.mark.slow), "muon"])
 def other(request, tiny):
     """The tiny experiment with another optimiser than AdamW."""
     return replace(tiny, "optimiser.kind", request.param)

@@ -231,7 +231,9 @@ def test_a_cohort_of_children_gives_each_the_bits_that_it_has_alone(child, tiny,
         assert hashes(together[place]) == hashes(alone)
 
 
-@pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 2, "tensor": 2}, {"replica": 2, "data": 2, "fsdp": 2}])
+@pytest.mark.parametrize(
+    "shape", [{"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"replica": 2, "data": 2, "fsdp": 2}, marks=pytest.mark.slow)]
+)
 def test_a_mesh_changes_last_bits_of_training_and_none_of_the_start(shape, child, trained, adapted, tmp_path, one_device):
     base = replace(child, lora=ADAPTED)
     (run,) = trained([base], tmp_path, devices=mesh.make(config.Mesh(**shape)), microbatches=2)

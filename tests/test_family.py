@@ -287,6 +287,7 @@ def test_a_child_that_began_elsewhere_is_found_by_audit(family, tmp_path):
     assert "that is step 8 of the parent of parent_init1-order0" in detail
 
 
+@pytest.mark.slow
 def test_a_base_that_was_trained_beside_its_adapters_is_found_by_audit(family, one_device, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -95,6 +95,7 @@ def sealed(bucket):
     return sorted(found, key=lambda name: int(name.split("/")[-2]))
 
 
+@pytest.mark.slow
 def test_a_killed_study_in_a_bucket_ends_as_a_local_one_and_is_then_left_alone(bucket, study, started, tmp_path):
     out, local = "gs://bucket/some/out", tmp_path / "out"
     ended(started("run", study, "--out", local))
@@ -131,6 +132,7 @@ def test_a_killed_study_in_a_bucket_ends_as_a_local_one_and_is_then_left_alone(b
     assert objects(bucket, "some/out/") == whole  # by their generations: nothing was written anew
 
 
+@pytest.mark.slow
 def test_two_processes_in_a_bucket_train_as_one_in_a_folder(bucket, study, started, tmp_path):
     settings = ["train", study, "run.mesh.fsdp=2", "run.log_every=2"]
     ended(started(*settings, "--out", tmp_path / "out", devices=2))

@@ -162,6 +162,7 @@ def test_every_claim_of_the_table_has_its_comparison(scale):
     assert {name for name, _ in STUDIES} == {study[0].removesuffix(".py") for study in studies()}
 
 
+@pytest.mark.slow
 def test_a_study_of_other_data_tells_what_differs(tmp_path):
     """The whole way, from the file to the page: three arms that are fed otherwise, of which two share a corpus."""
     command = [Path(sys.executable).with_name("natfp"), "run", PAPER / "data.py", "--out", tmp_path]

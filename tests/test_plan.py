@@ -89,6 +89,7 @@ def trained_by(chip=V5E, experiment=STUDY.experiment, said=None, **settings):
         return training(["a", "b", "c", "d"], experiment, (300, 384), Run(**settings), chip, laid, said.append)
 
 
+@pytest.mark.slow
 def test_a_cohort_is_as_large_as_training_would_make_it(tiny):
     asked = trained_by(cohort=3)
     assert (asked.together, asked.cohorts) == (2, 2), "as equal as can be"

@@ -315,7 +315,8 @@ def test_greedy_texts_are_the_most_likely_ids_whatever_the_key():
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "strategy", "new"), [(SMALL, PLAIN, 12), (LARGE, STRATEGIES[2], 3), (SMALL, STRATEGIES[3], 40)]
+    ("vocabulary", "strategy", "new"),
+    [(SMALL, PLAIN, 12), (LARGE, STRATEGIES[2], 3), pytest.param(SMALL, STRATEGIES[3], 40, marks=pytest.mark.slow)],
 )
 def test_a_text_is_bitwise_the_same_whatever_its_place_its_companions_and_their_number(vocabulary, strategy, new):
     tree, key, batch = weights(vocabulary), draw_key(0, "arm", 1, PLAIN, 0), SHAPES[vocabulary][1]
@@ -413,6 +414,7 @@ def test_what_goes_wrong_in_one_thread_ends_all():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("natfp draws")]
 
 
+@pytest.mark.slow
 def test_across_batch_shapes_few_texts_change():
     """Stated: at most one of 1,000 texts of 24 tokens (benchmarks/changes.py: one of 30,000 of 48)."""
     tree, prompts, key = weights(LARGE), prompts_of(3000, LARGE), draw_key(0, "arm", 1, PLAIN, 0)
@@ -422,7 +424,14 @@ def test_across_batch_shapes_few_texts_change():
     np.testing.assert_allclose(one.log_p_NW[~changed], other.log_p_NW[~changed], atol=1e-3)
 
 
-@pytest.mark.parametrize("axes", [config.Mesh(), config.Mesh(replica=8), config.Mesh(replica=2, fsdp=4)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param(config.Mesh(), marks=pytest.mark.slow),
+        pytest.param(config.Mesh(replica=8), marks=pytest.mark.slow),
+        config.Mesh(replica=2, fsdp=4),
+    ],
+)
 def test_the_mesh_decides_neither_noise_nor_texts(axes):
     """Eight devices that hold 37 rows each draw, bitwise, the texts of one device that draws 37 at a time."""
     tree, prompts, key = weights(LARGE), prompts_of(8 * 37 + 5, LARGE), draw_key(0, "arm", 1, PLAIN, 0)
@@ -436,6 +445,7 @@ def test_the_mesh_decides_neither_noise_nor_texts(axes):
     assert same(one, eight)
 
 
+@pytest.mark.slow
 def test_over_tensor_few_texts_change():
     model = Model(width=32, layers=2, heads=2, kv_heads=2)
     tree, prompts, key = weights(LARGE, model=model), prompts_of(500, LARGE), draw_key(0, "arm", 1, PLAIN, 0)
@@ -454,7 +464,7 @@ def test_over_tensor_few_texts_change():
         np.testing.assert_allclose(found[0].log_p_NW[~changed], other.log_p_NW[~changed], atol=1e-3)
 
 
-@pytest.mark.parametrize(("replica", "arms"), [(2, 2), (4, 3), (4, 1), (2, 1)])
+@pytest.mark.parametrize(("replica", "arms"), [(2, 2), (4, 3), pytest.param(4, 1, marks=pytest.mark.slow), (2, 1)])
 def test_draws_side_by_side_are_the_draws_one_by_one(replica, arms):
     trees, prompts = [weights(SMALL, seed) for seed in range(arms)], prompts_of(70, SMALL)
     keys = [draw_key(0, f"arm {arm}", 1, PLAIN, 0) for arm in range(arms)]
@@ -466,6 +476,7 @@ def test_draws_side_by_side_are_the_draws_one_by_one(replica, arms):
     assert len({one.id_NW.tobytes() for one in alone}) == arms
 
 
+@pytest.mark.slow
 def test_a_half_precise_cache_changes_texts_and_stays_near():
     tree, prompts, key = weights(LARGE), prompts_of(500, LARGE), draw_key(0, "arm", 1, PLAIN, 0)
     full, half = (drawn(tree, key, prompts, vocabulary=LARGE, new=24, batch=500, cache=cache) for cache in (None, "bfloat16"))

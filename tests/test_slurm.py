@@ -63,6 +63,7 @@ def test_what_the_user_cancels_stays_cancelled(on, natfp, tmp_path):
 # --- a study ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_tasks_of_a_node_that_are_told_to_stop_go_on_to_the_bits_of_an_undisturbed_run(on, study, pair):
     outcome = slurm.two_tasks(on, study)
     assert outcome.jobs == [cluster.Job("COMPLETED", 0, 1)]
@@ -71,6 +72,7 @@ def test_two_tasks_of_a_node_that_are_told_to_stop_go_on_to_the_bits_of_an_undis
     assert studies.results(outcome.out) == pair
 
 
+@pytest.mark.slow
 def test_a_host_that_loses_its_network_ends_the_job_which_goes_on_to_the_bits_of_an_undisturbed_run(on, study, pair):
     outcome = slurm.cut_off(on, study)
     assert [job.state for job in outcome.jobs] == ["COMPLETED"]
@@ -79,6 +81,7 @@ def test_a_host_that_loses_its_network_ends_the_job_which_goes_on_to_the_bits_of
     assert studies.results(outcome.out) == pair
 
 
+@pytest.mark.slow
 def test_an_array_deals_the_arms_and_reports_once_with_the_bits_of_an_undisturbed_run(on, study, tmp_path):
     outcome = slurm.arrayed(on, study)
     assert outcome.jobs == [cluster.Job("COMPLETED", 0, 0)] * 2

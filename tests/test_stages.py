@@ -298,6 +298,7 @@ def test_several_temperatures_and_lengths_are_drawn_and_attributed(copy):
     assert tree(copy) == before
 
 
+@pytest.mark.slow
 def test_the_ceiling_of_a_length_is_that_of_the_beginnings(copy):
     """Of three tokens: what a study that draws three alone finds."""
     short = replace(SWEEP, name="short", sampling=replace(SWEEP.sampling, new_tokens=3))
@@ -311,7 +312,9 @@ def test_the_ceiling_of_a_length_is_that_of_the_beginnings(copy):
         assert {k: v for k, v in one.items() if k not in named} == {k: v for k, v in other.items() if k not in named}
 
 
-@pytest.mark.parametrize("sampling", [{"greedy": True}, {"top_p": 0.6}], ids=["greedy", "top_p"])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param({"greedy": True}, marks=pytest.mark.slow), {"top_p": 0.6}], ids=["greedy", "top_p"]
+)
 def test_in_low_precision_the_ceiling_is_by_the_sampler(copy, monkeypatch, sampling):
     """By a forward pass some texts could not have been drawn by their own model, nor by one that is the same function."""
     monkeypatch.setattr(scoring, "log_likelihoods", None)
@@ -329,6 +332,7 @@ def test_in_low_precision_the_ceiling_is_by_the_sampler(copy, monkeypatch, sampl
         np.testing.assert_array_equal(found, texts.dense(table["log_probabilities"], 8))
 
 
+@pytest.mark.slow
 def test_the_own_text_of_a_truncated_distribution_is_never_impossible(copy, monkeypatch):
     """Where the edge of the truncation has moved by a rounding, the generating arm has what its sampler recorded."""
 
@@ -380,6 +384,7 @@ def test_arms_are_treated_alike_and_equal_ones_share_one_likelihood(copy, monkey
             assert (log_p_NL == found[one, one.arm, step]).all() == (weights[arm] == weights[one.arm])
 
 
+@pytest.mark.slow
 def test_equal_weights_that_are_computed_otherwise_have_likelihoods_of_their_own(copy):
     """At step 0 the arms of one init seed have the same weights."""
     dtypes = Factor("model.dtype", ("float32", "bfloat16"))
@@ -394,6 +399,7 @@ def test_equal_weights_that_are_computed_otherwise_have_likelihoods_of_their_own
         np.testing.assert_allclose(own, others, atol=0.1)
 
 
+@pytest.mark.slow
 def test_what_was_drawn_with_so_many_rows_goes_on_with_as_many(copy, monkeypatch):
     study = replace(STUDY, name="rows", sampling=replace(STUDY.sampling, batch=None, checkpoints=(1.0,)))
     made = everything(copy, study, stop="sample")
@@ -467,7 +473,7 @@ def test_a_lost_run_is_trained_again(copy, finished):
     assert results(copy) == results(finished)
 
 
-@pytest.mark.parametrize("settings", [{"cohort": 1}, {"cohort": 2}])
+@pytest.mark.parametrize("settings", [{"cohort": 1}, pytest.param({"cohort": 2}, marks=pytest.mark.slow)])
 def test_a_study_comes_to_the_same_however_its_arms_are_grouped(settings, tmp_path, finished):
     everything(tmp_path, replace(STUDY, run=replace(STUDY.run, **settings)))
     assert results(tmp_path) == results(finished)

@@ -154,7 +154,10 @@ def four_steps(train_arm, tmp_path):
     return trained
 
 
-@pytest.mark.parametrize("shape", MESHES)
+SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES[::2]]
+
+
+@pytest.mark.parametrize("shape", [*SLOW, *MESHES[1::2]])
 def test_training_on_many_devices_is_training_on_one(shape, tiny, tiny_store, tiny_run, one_device, four_steps):
     devices = made(shape)
     run = four_steps(tiny, devices=devices)
