@@ -114,8 +114,8 @@ def _wait_for_none(folder: Path, progress: Progress | None, wait: bool) -> None:
                 where = folder.parent
                 raise UserError(f"{where} is in use by another process ({found['holder']}): wait for it or stop it")
             if not told and progress is not None:
-                said = "prepares" if lives else "may still be at work in"
-                progress.say(f"another process ({found['holder']}) {said} {folder.parent}: waiting for it")
+                said = "is" if lives else "may still be"
+                progress.say(f"another process ({found['holder']}) {said} at work on {folder.parent}: waiting for it")
                 told = True
             if before != text:
                 watched[path.name] = text, time.monotonic()
