@@ -118,13 +118,10 @@ def test_local_processes_hear_a_signal_and_stay_stopped(number, tmp_path):
     """All of them save in their own time, and the worst of their codes is told."""
     script = f'trap "sleep 0.3; exit 75" TERM; echo >>{tmp_path}/ready; while :; do sleep 0.05; done'
     environment = {**os.environ, "NATFP": put(tmp_path / "natfp", script)}
-    started = subprocess.Popen(
-        [LAUNCH / "local.sh", "2", *ARGUMENTS],
-        env=environment,
-        start_new_session=True,
-        # A shell may start its background jobs deaf to Ctrl-C, which no script below it can then trap.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # What starts the tests in the background may have made them deaf to Ctrl-C, and deafness is inherited; a handler is not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    started = subprocess.Popen([LAUNCH / "local.sh", "2", *ARGUMENTS], env=environment, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     late = time.monotonic() + 60
     while not (tmp_path / "ready").exists() or len((tmp_path / "ready").read_text()) < 2:
         assert time.monotonic() < late

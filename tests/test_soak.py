@@ -32,7 +32,7 @@ def test_no_damage_to_any_kind_of_file_is_taken_for_the_truth(tmp_path):
 
 def test_the_soak_would_notice_what_is_accepted_silently(tmp_path, monkeypatch):
     """Without the manifests of token stores, another token is trained on and nobody says so."""
-    monkeypatch.setattr("natfp_jax.corpus.verify", lambda *_, **__: None)
+    monkeypatch.setattr("natfp_jax.corpus.fetched", lambda folder, _: folder)
     monkeypatch.setattr(damage, "KINDS", (damage.Kind("validation", "corpora/*/validation.bin"),))
     monkeypatch.setattr(damage, "states", lambda study, folder: [(name, out) for name, out in first(study, folder)])
     assert damage.soak(2, tmp_path, seed=0)[0].outcome == "accepted silently"
