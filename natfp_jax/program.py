@@ -122,21 +122,27 @@ class Program:
 
     def stack(self, arms: Sequence[Callable[[], State]]) -> State:
         """The state of a cohort of these arms, made one after another; the last one fills the places that are left."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-
-        def empty() -> State:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.state)
-
-        def put(state: State, one: State, place: jax.Array) -> State:
-            return jax.tree.map(lambda all_K, leaf: all_K.at[place].set(leaf), state, one)
-
-        into = jax.jit(put, out_shardings=shardings, donate_argnums=0)
-        state = jax.jit(empty, out_shardings=shardings)()
+        state = self._empty()
         for place, arm in enumerate(arms):
             one = arm()
             for where in (place,) if place < len(arms) - 1 else range(place, self.replicas):
-                state = into(state, one, np.int32(where))
+                state = self._put(state, one, np.int32(where))
         return state
+
+    @cached_property
+    def _empty(self) -> Callable[[], State]:
+        def empty() -> State:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.state)
+
+        return jax.jit(empty, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state))
+
+    @cached_property
+    def _put(self) -> Callable[[State, State, np.int32], State]:
+        def put(state: State, one: State, place: jax.Array) -> State:
+            return jax.tree.map(lambda all_K, leaf: all_K.at[place].set(leaf), state, one)
+
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return jax.jit(put, out_shardings=shardings, donate_argnums=0)
 
     @cached_property
     def take(self) -> Callable[[Any, int], Any]:

@@ -68,7 +68,7 @@ def test_recorded_and_teacher_forced_likelihoods_are_those_of_the_forward_pass(v
     assert (recorded < 0).all()
 
 
-@pytest.mark.parametrize("vocabulary", [SMALL, LARGE])
+@pytest.mark.parametrize("vocabulary", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)])
 def test_texts_that_are_given_have_the_likelihood_of_the_forward_pass_under_another_model(vocabulary):
     """The sampler scores what it did not draw, of each draw the texts that it is given."""
     trees, prompts = [weights(vocabulary, seed=seed) for seed in range(3)], prompts_of(300, vocabulary)
@@ -87,8 +87,18 @@ def test_texts_that_are_given_have_the_likelihood_of_the_forward_pass_under_anot
             np.testing.assert_allclose(scores.log_p_NW.sum(axis=1), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, (Greedy(),)])
-@pytest.mark.parametrize(("dtype", "cache"), [("float32", "bfloat16"), pytest.param("bfloat16", None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("strategy", "dtype", "cache"),
+    [
+        (STRATEGIES[2], "float32", "bfloat16"),
+        ((Greedy(),), "bfloat16", None),
+        *(
+            pytest.param(strategy, "float32", "bfloat16", marks=pytest.mark.slow)
+            for strategy in (*STRATEGIES[:2], STRATEGIES[3], (Greedy(),))
+        ),
+        *(pytest.param(strategy, "bfloat16", None, marks=pytest.mark.slow) for strategy in STRATEGIES),
+    ],
+)
 def test_in_low_precision_a_draw_given_to_its_own_sampler_has_what_was_recorded(strategy, dtype, cache):
     """Where a forward pass would say of some of them that they cannot be drawn."""
     model, key, prompts = dataclasses.replace(MODEL, dtype=dtype), draw_key(0, "arm", 1, PLAIN, 0), prompts_of(300, LARGE)

@@ -82,11 +82,11 @@ def weights(run):
 @pytest.mark.parametrize(
     "places",
     [
-        [0],
+        pytest.param([0], marks=pytest.mark.slow),
         pytest.param([5], marks=pytest.mark.slow),
         [4, 0, 7],
         pytest.param(list(range(8)), marks=pytest.mark.slow),
-        list(reversed(range(8))),
+        pytest.param(list(reversed(range(8))), marks=pytest.mark.slow),
     ],
 )
 def test_a_replica_is_its_solo_run(places, members, alone, one_device, tmp_path):
@@ -97,7 +97,7 @@ def test_a_replica_is_its_solo_run(places, members, alone, one_device, tmp_path)
     assert len({tuple(weights(RunFolder(alone / str(place)))) for place in range(8)}) == 8
 
 
-@pytest.mark.parametrize("count", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (4, 8))])
 def test_replicas_on_devices_of_their_own(count, members, alone, tmp_path):
     """Three arms fill two or four places, of which one is left over; eight fill eight."""
     places = range(8) if count == 8 else range(3)
@@ -123,6 +123,7 @@ def test_replicas_whose_loss_and_attention_go_in_many_blocks(members, one_device
         assert len({tuple(weights(member.run)) for member in each}) == 1
 
 
+@pytest.mark.slow
 def test_replicas_that_are_sharded_themselves(members, alone, tiny, tiny_store, one_device, tmp_path):
     """Init and order are the solo run's; so are the weights, up to the order of sums, wherever a replica lies."""
     cohort = members(tmp_path / "all", range(4))
@@ -202,7 +203,12 @@ def test_batched_replicas_are_close_to_their_solo_runs(count, members, alone, ti
 
 
 @pytest.mark.parametrize(
-    ("count", "wished", "sizes"), [(6, 4, [2, 4]), (6, 5, [2, 4]), (5, None, [5]), (5, 4, [2, 3]), (3, 1, [1, 1, 1])]
+    ("count", "wished", "sizes"),
+    [
+        (6, 5, [2, 4]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((6, 4, [2, 4]), (5, None, [5]), (5, 4, [2, 3]))),
+        (3, 1, [1, 1, 1]),
+    ],
 )
 def test_cohorts_leave_no_more_places_empty_than_must_be(count, wished, sizes, members, tmp_path):
     pair = mesh.make(config.Mesh(replica=2), jax.devices()[:2])
@@ -256,10 +262,10 @@ def test_a_cohort_that_is_stopped_at_every_step_ends_with_the_bits_of_solo_runs(
     "groups",
     [
         pytest.param([[0], [1], [5]], marks=pytest.mark.slow),
-        [[5, 1, 0]],
+        pytest.param([[5, 1, 0]], marks=pytest.mark.slow),
         [[1, 5], [0]],
         pytest.param([[0, 1, 5]], marks=pytest.mark.slow),
-        [[0, 1, 5, 2]],
+        pytest.param([[0, 1, 5, 2]], marks=pytest.mark.slow),
     ],
 )
 def test_a_cohort_that_was_stopped_goes_on_in_other_groups(groups, members, alone, one_device, tmp_path):
@@ -304,7 +310,7 @@ def test_an_arm_that_lacks_more_than_its_companions_catches_up_with_them(members
         assert everything(RunFolder(tmp_path / str(place))) == everything(RunFolder(alone / str(place)))
 
 
-@pytest.mark.parametrize("finished", [[], [0], [0, 1]])
+@pytest.mark.parametrize("finished", [[0], *(pytest.param(finished, marks=pytest.mark.slow) for finished in ([], [0, 1]))])
 def test_what_is_left_of_a_stopped_cohort_goes_on_from_where_it_was(finished, members, alone, one_device, tmp_path):
     """The others were finished since, or all of their checkpoints were there: also those of the arm whose folder holds it."""
     saved, first = stopped(members(tmp_path, [0, 1, 5]), one_device), []
@@ -319,7 +325,9 @@ def test_what_is_left_of_a_stopped_cohort_goes_on_from_where_it_was(finished, me
     assert not list((tmp_path / "restart").iterdir())
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(2, 1), *(pytest.param(*counts, marks=pytest.mark.slow) for counts in ((1, 2), (4, 2)))]
+)
 def test_a_restart_state_is_taken_up_on_another_number_of_devices(before, after, members, alone, tmp_path):
     """Three arms, which leave another number of places over."""
     saved = stopped(members(tmp_path, range(3)), mesh.make(config.Mesh(replica=before), jax.devices()[:before]))
@@ -423,6 +431,7 @@ def test_an_arm_that_fails_is_named_and_its_companions_are_trained(members, alon
     assert checkpoint.steps(wild[0].run.checkpoints) == [0]
 
 
+@pytest.mark.slow
 def test_an_arm_that_failed_holds_nobody_back(members, alone, tiny, one_device, tmp_path):
     """Stopped and started again, its companions go on from where they were, and it is still told of."""
     cohort = [*members(tmp_path, [0]), *members(tmp_path, [2], replace(tiny, "optimiser.learning_rate", 1e30))]
@@ -452,7 +461,11 @@ def test_an_arm_that_has_all_is_finished_though_its_last_companion_fails(members
 
 
 @pytest.mark.parametrize(
-    ("wished", "room", "sizes"), [(None, 8, [8]), (None, 4, [4, 4]), (3, 8, [2, 3, 3]), (None, 0, [1] * 8)]
+    ("wished", "room", "sizes"),
+    [
+        (None, 4, [4, 4]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((None, 8, [8]), (3, 8, [2, 3, 3]), (None, 0, [1] * 8))),
+    ],
 )
 def test_a_cohort_is_cut_to_what_memory_holds(
     wished, room, sizes, members, tiny, tiny_store, one_device, tmp_path, monkeypatch

@@ -111,6 +111,7 @@ def started(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_tasks_that_share_a_study_do_together_what_one_command_does_and_nothing_twice(family, tmp_path):
     """Four children for three tasks, which have parents in common; all at once."""
     command = "run", family / "children.py", "--out", tmp_path

@@ -248,7 +248,9 @@ def test_a_draw_in_two_steps_has_the_frequencies_of_the_distribution(blocks):
     assert set(np.asarray(several(keys, alone)).tolist()) == {128 * blocks - 70}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", [*STRATEGIES[::3], *(pytest.param(steps, marks=pytest.mark.slow) for steps in STRATEGIES[1:3])]
+)
 def test_tokens_have_the_models_frequencies_at_each_place(strategy):
     tree, prompt = weights(LARGE), [EOS, 5, 260, 17]
     found = drawn(tree, draw_key(0, "arm", 1, PLAIN, 0), [prompt] * 16_000, vocabulary=LARGE, strategy=strategy)
@@ -464,7 +466,9 @@ def test_over_tensor_few_texts_change():
         np.testing.assert_allclose(found[0].log_p_NW[~changed], other.log_p_NW[~changed], atol=1e-3)
 
 
-@pytest.mark.parametrize(("replica", "arms"), [(2, 2), (4, 3), pytest.param(4, 1, marks=pytest.mark.slow), (2, 1)])
+@pytest.mark.parametrize(
+    ("replica", "arms"), [(4, 3), *(pytest.param(*counts, marks=pytest.mark.slow) for counts in ((2, 2), (4, 1), (2, 1)))]
+)
 def test_draws_side_by_side_are_the_draws_one_by_one(replica, arms):
     trees, prompts = [weights(SMALL, seed) for seed in range(arms)], prompts_of(70, SMALL)
     keys = [draw_key(0, f"arm {arm}", 1, PLAIN, 0) for arm in range(arms)]

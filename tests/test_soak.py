@@ -7,6 +7,8 @@ from natfp_jax import mesh
 from natfp_jax.errors import UserError
 from tests.soak import damage, kills
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_of_the_devices():

@@ -312,9 +312,8 @@ def test_the_ceiling_of_a_length_is_that_of_the_beginnings(copy):
         assert {k: v for k, v in one.items() if k not in named} == {k: v for k, v in other.items() if k not in named}
 
 
-@pytest.mark.parametrize(
-    "sampling", [pytest.param({"greedy": True}, marks=pytest.mark.slow), {"top_p": 0.6}], ids=["greedy", "top_p"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [{"greedy": True}, {"top_p": 0.6}], ids=["greedy", "top_p"])
 def test_in_low_precision_the_ceiling_is_by_the_sampler(copy, monkeypatch, sampling):
     """By a forward pass some texts could not have been drawn by their own model, nor by one that is the same function."""
     monkeypatch.setattr(scoring, "log_likelihoods", None)

@@ -23,7 +23,11 @@ from natfp_jax.progress import Progress
 from natfp_jax.runs import RunFolder, metrics
 from natfp_jax.train import load_params
 
-MESHES = [(1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 4, 2), (2, 2, 2, 1)]
+MESHES = [
+    (1, 2, 2, 2),
+    (2, 2, 2, 1),
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 8, 1, 1), (1, 1, 4, 2))),
+]
 
 
 def made(shape):
@@ -154,10 +158,7 @@ def four_steps(train_arm, tmp_path):
     return trained
 
 
-SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES[::2]]
-
-
-@pytest.mark.parametrize("shape", [*SLOW, *MESHES[1::2]])
+@pytest.mark.parametrize("shape", MESHES)
 def test_training_on_many_devices_is_training_on_one(shape, tiny, tiny_store, tiny_run, one_device, four_steps):
     devices = made(shape)
     run = four_steps(tiny, devices=devices)
@@ -232,9 +233,9 @@ def test_bfloat16_trains_with_weights_in_float32(tiny, tiny_store, tiny_run, one
 @pytest.mark.parametrize(
     ("settings", "shape"),
     [
-        ({"microbatches": 8}, (1, 1, 1, 1)),
+        pytest.param({"microbatches": 8}, (1, 1, 1, 1), marks=pytest.mark.slow),
         ({"microbatches": 2}, (1, 2, 2, 2)),
-        ({"remat": "dots"}, (1, 1, 1, 1)),
+        pytest.param({"remat": "dots"}, (1, 1, 1, 1), marks=pytest.mark.slow),
         ({"remat": "full", "microbatches": 2}, (1, 1, 4, 2)),
     ],
 )

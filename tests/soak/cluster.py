@@ -89,6 +89,10 @@ class Cluster:
         """The ids of the jobs of an array, all of which have been started."""
         return sorted(re.findall(r"\bJobId=(\d+)", self.asked("scontrol", "show", "job", array)))
 
+    def resumed(self, name: str) -> None:
+        """Takes a node that was lost into service again, as its operator does."""
+        self.asked("scontrol", "update", f"NodeName={name}", "State=RESUME")
+
     def until(self, what: Callable[[], bool], why: str, seconds: float = LATE) -> None:
         """Waits for something to be so.
 
@@ -137,7 +141,6 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-ReturnToService=2
 KillWait=5
 SlurmdTimeout=15
 InactiveLimit=0

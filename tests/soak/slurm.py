@@ -107,7 +107,10 @@ def two_tasks(on: Cluster, study: Path) -> Outcome:
 
 
 def cut_off(on: Cluster, study: Path) -> Outcome:
-    """A task on each of two hosts; the second one's cable is pulled while they train, and put back once the job has ended."""
+    """A task on each of two hosts; the second one's cable is pulled while they train, and put back once the job has ended.
+
+    The node comes into service again only when it is done with the old job: the end of that would be taken for the new one's.
+    """
     out, begun = on.folder / "cut-off", time.monotonic()
     submitted = ("--nodes=2", FILE, study, "--out", out, *PAIR, *OFTEN)
     job = on.submitted(*submitted)
@@ -117,8 +120,8 @@ def cut_off(on: Cluster, study: Path) -> Outcome:
         on.until(lambda: on.job(job).restarts > 0, "SLURM misses a node, and queues the job again")
     finally:
         hosts.mend(NAMES[1])
-    # What the lost node has to say of its part of the old job comes within a minute, and would be taken for the new one's.
     on.until(lambda: f"[{job}.0] done with job" in on.daemon_log(NAMES[1]), "the lost node is done with the old job")
+    on.resumed(NAMES[1])
     on.ended(job)
     return _outcome(on, submitted, [job], out, begun)
 
