@@ -15,10 +15,9 @@ import jax.numpy as jnp
 
 from natfp_jax import mesh, platforms
 from natfp_jax.blocks import row_blocks
+from natfp_jax.mesh import Devices
 
 __all__ = ["causal", "masked", "rotate"]
-
-Devices = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:

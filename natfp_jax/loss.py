@@ -11,7 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from natfp_jax import mesh
 from natfp_jax.blocks import blocks
+from natfp_jax.mesh import Devices
 from natfp_jax.model import logits
 
 __all__ = ["blocked_cross_entropy", "token_losses"]
@@ -35,23 +37,38 @@ def token_losses(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, vocabu
     return jnp.moveaxis(nll, 0, 1).reshape(target_BT.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 5))
 def blocked_cross_entropy(
-    x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, vocabulary: int, weight_BT: jax.Array | None = None
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    target_BT: jax.Array,
+    vocabulary: int,
+    weight_BT: jax.Array | None = None,
+    devices: Devices | None = None,
 ) -> jax.Array:
     """The mean over all tokens of −log p(target), in nats, float32.
 
     Args:
       weight_BT: where given, the mean is weighted by it; 0 leaves a token out.
+      devices: where given, the rows lie over it.
     """
+    whole_DV = _whole(w_DV, x_BTD.dtype, devices)
 
-    def block(total: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, None]:
-        x_BtD, target_Bt, weight_Bt = inputs
-        nll_Bt, _, _ = _nll(x_BtD, w_DV, target_Bt, vocabulary)
-        return total + _weighted(nll_Bt, weight_Bt).sum(), None
+    def summed(x_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array | None) -> tuple[jax.Array, None]:
+        def block(total: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, None]:
+            x_BtD, target_Bt, weight_Bt = inputs
+            nll_Bt, _, _ = _nll(x_BtD, whole_DV, target_Bt, vocabulary)
+            return total + _weighted(nll_Bt, weight_Bt).sum(), None
 
-    total, _ = jax.lax.scan(block, jnp.float32(0), _inputs(x_BTD, target_BT, weight_BT))
+        return jax.lax.scan(block, jnp.float32(0), _inputs(x_BTD, target_BT, weight_BT))
+
+    total, _ = mesh.by_rows(summed, devices, x_BTD, target_BT, weight_BT)
     return total / _count(target_BT, weight_BT)
+
+
+def _whole(w_DV: jax.Array, dtype: jnp.dtype, devices: Devices | None) -> jax.Array:
+    """The head as all blocks read it: its rows are gathered once, before the loop."""
+    return mesh.constrain(w_DV.astype(dtype), "DV", devices)
 
 
 def _inputs(
@@ -69,28 +86,43 @@ def _count(target_BT: jax.Array, weight_BT: jax.Array | None) -> jax.Array | int
 
 
 def _forward(
-    x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, vocabulary: int, weight_BT: jax.Array | None
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    target_BT: jax.Array,
+    vocabulary: int,
+    weight_BT: jax.Array | None,
+    devices: Devices | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    def block(
-        carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array, jax.Array | None]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        total, dw_DV = carry
-        x_BtD, target_Bt, weight_Bt = inputs
-        nll_Bt, z_BtV, total_Bt = _nll(x_BtD, w_DV, target_Bt, vocabulary)
-        dz_BtV = jnp.exp(z_BtV - total_Bt[..., None]) - jax.nn.one_hot(target_Bt, z_BtV.shape[-1], dtype=jnp.float32)
-        dz_BtV = _weighted(dz_BtV, None if weight_Bt is None else weight_Bt[..., None]).astype(x_BtD.dtype)
-        dx_BtD = jnp.einsum("btv,dv->btd", dz_BtV, w_DV.astype(x_BtD.dtype), preferred_element_type=jnp.float32)
-        dw_DV += jnp.einsum("btd,btv->dv", x_BtD, dz_BtV, preferred_element_type=jnp.float32)
-        return (total + _weighted(nll_Bt, weight_Bt).sum(), dw_DV), dx_BtD
+    whole_DV = _whole(w_DV, x_BTD.dtype, devices)
 
-    start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
-    (total, dw_DV), dx = jax.lax.scan(block, start, _inputs(x_BTD, target_BT, weight_BT))
-    dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape)
+    def summed(
+        x_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        def block(
+            carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array, jax.Array | None]
+        ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+            total, dw_DV = carry
+            x_BtD, target_Bt, weight_Bt = inputs
+            nll_Bt, z_BtV, total_Bt = _nll(x_BtD, whole_DV, target_Bt, vocabulary)
+            dz_BtV = jnp.exp(z_BtV - total_Bt[..., None]) - jax.nn.one_hot(target_Bt, z_BtV.shape[-1], dtype=jnp.float32)
+            dz_BtV = _weighted(dz_BtV, None if weight_Bt is None else weight_Bt[..., None]).astype(x_BtD.dtype)
+            dx_BtD = jnp.einsum("btv,dv->btd", dz_BtV, whole_DV, preferred_element_type=jnp.float32)
+            dw_DV += jnp.einsum("btd,btv->dv", x_BtD, dz_BtV, preferred_element_type=jnp.float32)
+            dw_DV = mesh.constrain(dw_DV, "DV", devices)
+            return (total + _weighted(nll_Bt, weight_Bt).sum(), dw_DV), dx_BtD
+
+        start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
+        sums, dx = jax.lax.scan(block, start, _inputs(x_BTD, target_BT, weight_BT))
+        return sums, jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape)
+
+    (total, dw_DV), dx_BTD = mesh.by_rows(summed, devices, x_BTD, target_BT, weight_BT)
     n = _count(target_BT, weight_BT)
     return total / n, ((dx_BTD / n).astype(x_BTD.dtype), (dw_DV / n).astype(w_DV.dtype))
 
 
-def _backward(vocabulary: int, gradient: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+def _backward(
+    vocabulary: int, devices: Devices | None, gradient: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
     dx_BTD, dw_DV = gradient
     return (g * dx_BTD).astype(dx_BTD.dtype), (g * dw_DV).astype(dw_DV.dtype), None, None
 

@@ -6,7 +6,7 @@ table.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from natfp_jax.params import Params, Spec, nest
 
 __all__ = [
     "AXES",
+    "Devices",
     "batch_sharding",
+    "by_rows",
     "check_batch",
     "check_params",
     "constrain",
@@ -40,6 +42,7 @@ __all__ = [
 
 _CONTAINER = Path("/sys/fs/cgroup/memory.max")
 AXES = ("replica", "data", "fsdp", "tensor")
+Devices = jax.sharding.Mesh | jax.sharding.AbstractMesh
 _BATCH, _TEXTS = ("data", "fsdp"), ("replica", "data", "fsdp")  # the axes that hold rows of training, and of sampling
 
 
@@ -99,7 +102,7 @@ def text_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(_TEXTS))
 
 
-def whole(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
+def whole(mesh: Devices) -> bool:
     """Whether a device has all of a replica: its rows, heads and columns."""
     return all(mesh.shape[axis] == 1 for axis in AXES if axis != "replica")
 
@@ -136,7 +139,7 @@ def lay(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), tree)
 
 
-def constrain(array: jax.Array, dims: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> jax.Array:
+def constrain(array: jax.Array, dims: str, mesh: Devices | None) -> jax.Array:
     """Lays an activation as its letters say: rows over `data` and `fsdp`, heads and MLP columns over `tensor`.
 
     Without a mesh, or on one device, the array itself.
@@ -145,6 +148,29 @@ def constrain(array: jax.Array, dims: str, mesh: jax.sharding.Mesh | jax.shardin
         return array
     axes = {"B": _BATCH, "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*(axes.get(letter) for letter in dims))))
+
+
+def by_rows(function: Callable[..., tuple[Any, Any]], mesh: Devices | None, *rows: Any) -> tuple[Any, Any]:
+    """`function` of the rows of each device by themselves, as if it had no others: sums, and a value for each row.
+
+    A loop in `function` so adds up what is a device's own, and devices add theirs once, after it; of a loop over all rows the
+    compiler makes a sum over devices in every pass.
+
+    Args:
+      function: maps arrays [B, ...] to what is summed over rows and what is [B, ...].
+      rows: arrays [B, ...], or None.
+    """
+    ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _BATCH)
+    if ways == 1:
+        return function(*rows)
+
+    def cut(array: jax.Array) -> jax.Array:
+        parts = array.reshape(ways, -1, *array.shape[1:])
+        return constrain(parts, "B".ljust(parts.ndim, "."), mesh)
+
+    sums, values = jax.vmap(function, spmd_axis_name=_BATCH)(*jax.tree.map(cut, rows))
+    summed, joined = lambda parts: parts.sum(axis=0), lambda parts: parts.reshape(-1, *parts.shape[2:])
+    return jax.tree.map(summed, sums), jax.tree.map(joined, values)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -17,7 +17,7 @@ from natfp_jax import lora, platforms, rng
 from natfp_jax.attention import causal, masked, rotate
 from natfp_jax.config import Lora, Model
 from natfp_jax.embedding import look_up
-from natfp_jax.mesh import constrain
+from natfp_jax.mesh import Devices, constrain
 from natfp_jax.params import Params, dims
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
 
 
 Remat = Literal["none", "dots", "full"]
-Devices = jax.sharding.Mesh | jax.sharding.AbstractMesh
 _SAVED = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -254,7 +253,7 @@ class Decoder(nn.Module):
         """The normed state after the last layer, `x_BTD`."""
         # Every device looks up in the whole table: its partition by ids cannot be split further beside a `replica` axis.
         table_VD = constrain(self.embedding, "..", self.devices)
-        x_BTD = constrain(look_up(table_VD, tokens_BT, jnp.dtype(self.model.dtype)), "BTD", self.devices)
+        x_BTD = constrain(look_up(table_VD, tokens_BT, jnp.dtype(self.model.dtype), self.devices), "BTD", self.devices)
         noise_LB2 = None
         if noise_B2 is not None:
             layer_L, key_B = jnp.arange(self.model.layers), rng.unpacked(noise_B2)

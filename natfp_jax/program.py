@@ -178,7 +178,7 @@ class Program:
         x_BTD = hidden(
             self.shape.model, tree, windows_BT[:, :-1], devices, self._remat, learning, begin_BT=begin_BT, noise_B2=noise_B2
         )
-        return blocked_cross_entropy(x_BTD, head(tree), windows_BT[:, 1:], self._vocabulary, learnt_BT)
+        return blocked_cross_entropy(x_BTD, head(tree), windows_BT[:, 1:], self._vocabulary, learnt_BT, devices)
 
     def _gradients(self, tree: Params, windows_BT: jax.Array, noise_B2: jax.Array | None) -> tuple[jax.Array, Params]:
         """The loss, and its gradient by what is trained."""

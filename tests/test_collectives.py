@@ -1,13 +1,19 @@
 """What devices send, against programs whose collectives follow from what is written."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from natfp_jax import config, mesh
+from natfp_jax import config, mesh, model
+from natfp_jax.blocks import BLOCK_ROWS
 from natfp_jax.collectives import Collective, collectives, sent
+from natfp_jax.config import Data, Experiment, Model
+from natfp_jax.embedding import look_up
+from natfp_jax.program import Program
 
 
 def laid(shape, devices, *axes):
@@ -179,3 +185,19 @@ def test_groups_that_cannot_be_read_are_told_of_and_not_left_out():
     text = TPU.replace("[2,8]<=[16]", "somehow")
     with pytest.raises(ValueError, match=r"all-reduce.9"):
         collectives(text, {"replica": 2, "data": 1, "fsdp": 8, "tensor": 1})
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"replica": 2, "data": 2, "fsdp": 2}])
+@pytest.mark.parametrize("products", [True, False])
+def test_a_step_adds_gradients_over_devices_once_however_many_blocks_a_batch_has(axes, products, monkeypatch):
+    monkeypatch.setattr(model, "look_up", partial(look_up, products=products))
+    devices = mesh.make(config.Mesh(**axes))
+    shape = Experiment(model=Model(width=32, layers=1, heads=4), data=Data(seq_len=1024, windows=64, batch=16))
+    made = Program(shape, 300, 384, devices.shape["replica"], devices, 1, "none", "fast")
+    assert 16 / devices.size * 1024 > BLOCK_ROWS, "a device has several blocks"
+    found = [one for one in collectives(made.compiled.as_text(), devices.shape) if one.kind == "all-reduce"]
+    assert {one.times for one in found} == {1}
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(made.one.params))
+    of_embedding = made.one.params["embedding"].size  # its gradient is that of looking up and that of the head
+    n = devices.size // devices.shape["replica"]
+    assert sum(one.bytes for one in found) <= 2 * (n - 1) / n * 4 * (parameters + of_embedding) * 1.01

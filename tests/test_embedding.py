@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from natfp_jax import config, mesh
 from natfp_jax.embedding import look_up
 
 V, D = 50, 16
@@ -16,9 +17,9 @@ def inputs(*shape):
     return table, random.integers(0, V - 5, shape, np.int32), random.standard_normal((*shape, D), np.float32)
 
 
-def gradient(table_VD, tokens_BT, dx_BTD, products, dtype):
+def gradient(table_VD, tokens_BT, dx_BTD, products, dtype, devices=None):
     def weighed(table):
-        return (look_up(table, tokens_BT, dtype, products).astype(jnp.float32) * dx_BTD).sum()
+        return (look_up(table, tokens_BT, dtype, devices, products).astype(jnp.float32) * dx_BTD).sum()
 
     return jax.grad(weighed)(table_VD)
 
@@ -38,7 +39,16 @@ def test_the_gradient_is_the_sum_of_rows(products, dtype, error):
     expected = summed(tokens, dx)
     assert np.abs(found - expected).max() <= error * np.abs(expected).max()
     assert not found[V - 5 :].any()
-    np.testing.assert_array_equal(look_up(table, tokens, dtype, products), jnp.asarray(table)[tokens].astype(dtype))
+    np.testing.assert_array_equal(look_up(table, tokens, dtype, products=products), jnp.asarray(table)[tokens].astype(dtype))
+
+
+@pytest.mark.parametrize("products", [True, False])
+def test_rows_on_devices_of_their_own_have_the_gradient_of_all(products):
+    table, tokens, dx = inputs(64, 48)
+    devices = mesh.make(config.Mesh(data=2, fsdp=2, tensor=2))
+    found = jax.jit(gradient, static_argnums=(3, 4, 5))(table, tokens, dx, products, jnp.float32, devices)
+    expected = summed(tokens, dx)
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("products", [True, False])

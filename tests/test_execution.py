@@ -118,11 +118,11 @@ def poisoned(tiny_store, tiny, monkeypatch):
         rows = tiny_store.windows(32, 64).rows(np.concatenate([train.Order(64, 8, 0).rows(step)[:1] for step in steps]))
         real = program.blocked_cross_entropy
 
-        def loss(x_BTD, w_DV, target_BT, vocabulary, weight_BT):
+        def loss(x_BTD, w_DV, target_BT, vocabulary, weight_BT, devices):
             bad = jnp.zeros((), bool)
             for row in rows:
                 bad |= (target_BT == row[1:]).all(axis=1).any()
-            return jnp.where(bad, jnp.nan, 1.0) * real(x_BTD, w_DV, target_BT, vocabulary, weight_BT)
+            return jnp.where(bad, jnp.nan, 1.0) * real(x_BTD, w_DV, target_BT, vocabulary, weight_BT, devices)
 
         monkeypatch.setattr(program, "blocked_cross_entropy", loss)
         program._program.cache_clear()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from natfp_jax import blocks
+from natfp_jax import blocks, config, mesh
 from natfp_jax.blocks import block_length
 from natfp_jax.loss import blocked_cross_entropy, token_losses
 
@@ -73,6 +73,24 @@ def test_the_length_of_a_block_does_not_matter(rows, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_ROWS", rows)
     args = inputs()
     assert_close(blocked(*args), plain(*args), 2e-6)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 4}])
+def test_rows_and_columns_on_devices_of_their_own_have_the_loss_of_all(axes, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 8)
+    devices, (x_BTD, w_DV, target_BT) = mesh.make(config.Mesh(replica=1, **axes)), inputs(batch=8, length=24)
+    weight_BT = np.where(np.arange(24) % 3, 1, 0).astype(np.float32).repeat(8).reshape(24, 8).T
+
+    @jax.jit
+    def run(x, w, target, weight):
+        x, target = mesh.constrain(x, "BTD", devices), mesh.constrain(target, "BT", devices)
+        return jax.value_and_grad(lambda x, w: blocked_cross_entropy(x, w, target, VOCABULARY, weight, devices), (0, 1))(x, w)
+
+    value, (dx_BTD, dw_DV) = run(x_BTD, w_DV, target_BT, np.ones_like(weight_BT))
+    assert_close((value, dx_BTD, dw_DV), plain(x_BTD, w_DV, target_BT), 2e-6)
+    value, (dx_BTD, dw_DV) = run(x_BTD, w_DV, target_BT, weight_BT)
+    kept = np.arange(24) % 3 > 0
+    assert_close((value, np.asarray(dx_BTD)[:, kept], dw_DV), plain(x_BTD[:, kept], w_DV, target_BT[:, kept]), 2e-6)
 
 
 def test_logits_of_hundreds_do_not_overflow():
