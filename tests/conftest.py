@@ -1,13 +1,22 @@
-"""Eight CPU devices for every test of this process, and no legacy keys.
+"""Eight CPU devices for every test of this process, no legacy keys, and one place for what all processes compile.
 
 Tests of the command line run in processes of their own, with the devices of the machine.
 """
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and processes that tests start, have the environment of this one
+    compilations = tempfile.mkdtemp(prefix="natfp-compilations-")
+    atexit.register(shutil.rmtree, compilations, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compilations
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -28,13 +37,10 @@ settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_compilations(tmp_path_factory):
-    """Processes that tests start share what they compile; this one has read its environment already."""
+def no_cache_of_the_users(tmp_path_factory):
+    """Nothing is written below the user's cache folder, nor read from there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compilations")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
         yield
 
 

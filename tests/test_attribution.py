@@ -55,7 +55,7 @@ class Sources:
 
 
 @pytest.mark.parametrize("kind", ["subwords", "words"])
-@pytest.mark.parametrize("arms", [2, 3])
+@pytest.mark.parametrize("arms", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_results_equal_a_plain_script(arms, kind):
     sources = Sources(0, arms, 300, 0.3)
     comparison = sources.comparison()

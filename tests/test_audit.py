@@ -62,6 +62,7 @@ def test_arms_that_were_stopped_before_their_first_checkpoint_share_an_order_tha
     assert {claim.verdict for claim in audit(out, QUIET)} == {"proven", "recorded"}
 
 
+@pytest.mark.slow
 def test_every_step_can_be_trained_again(healthy):
     claims = [claim.claim for claim in audit(healthy, QUIET, replayed=40) if "follow from the seeds" in claim.claim]
     assert claims == ["the weights of steps 1, 2, 4, 8, 12, 40 follow from the seeds"] * 4

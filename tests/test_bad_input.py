@@ -207,11 +207,13 @@ DAMAGE = {
     "lineage": ("runs/INIT1/lineage.json", cut, "runs/INIT1/lineage.json", []),
 }
 
+WHOLE = {"draw, cut", "attribution, by hand", "ids", "data", "weights", "record", "lineage"}  # one that each stage reads
 
-@pytest.fixture(params=DAMAGE.values(), ids=DAMAGE)
+
+@pytest.fixture
 def spoilt(request, out):
     """A finished study with one damage; the path that is to be set aside."""
-    name, damage, aside, lost = request.param
+    name, damage, aside, lost = DAMAGE[request.param]
 
     def one(pattern):
         return max(out.glob(pattern.replace("INIT1", runs_of(out)["init1"].name)), key=lambda path: path.stat().st_size)
@@ -224,12 +226,18 @@ def spoilt(request, out):
     return aside
 
 
+@pytest.mark.parametrize("spoilt", DAMAGE, indirect=True)
 def test_damage_is_refused_where_the_user_is_strict(refused, spoilt):
     said = refused("--strict")
     assert str(spoilt) in said
     assert said.endswith(": remove it, or run the same command without --strict")
 
 
+@pytest.mark.parametrize(
+    "spoilt",
+    [what if what in WHOLE else pytest.param(what, marks=pytest.mark.slow) for what in DAMAGE],
+    indirect=True,
+)
 def test_damage_is_set_aside_and_made_again_otherwise(monkeypatch, capsys, study, finished, out, spoilt):
     monkeypatch.setattr(sys, "argv", ["natfp", "run", str(study), "--out", str(out)])
     damaged = {p.relative_to(spoilt): p.read_bytes() for p in [spoilt, *spoilt.rglob("*")] if p.is_file()}

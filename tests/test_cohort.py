@@ -34,6 +34,12 @@ DIFFERENCES = [
 
 
 @pytest.fixture(scope="session")
+def tiny(tiny):
+    """Of one layer, which compiles faster: what is in a replica is not what is tested here."""
+    return replace(tiny, "model.layers", 1)
+
+
+@pytest.fixture(scope="session")
 def members(tiny, tiny_store):
     """All kinds of arms, or some of them, in folders below `root`."""
 
@@ -159,6 +165,7 @@ def test_a_replica_is_its_solo_run_where_memory_is_saved(settings, members, one_
         assert everything(one.run) == everything(other.run)
 
 
+@pytest.mark.slow
 def test_one_program_for_all(members, one_device, tmp_path):
     program._program.cache_clear()
     trained(members(tmp_path), one_device)
@@ -279,6 +286,7 @@ def test_a_cohort_that_was_stopped_goes_on_in_other_groups(groups, members, alon
     assert not list((tmp_path / "restart").iterdir())
 
 
+@pytest.mark.slow
 def test_states_of_other_groups_do_not_stand_in_the_way(members, alone, one_device, tmp_path):
     """Arm 0 starts anew beside arm 2 while its older, further state waits for arm 1; each group is killed again on its way."""
     further = stopped(members(tmp_path, [0, 1]), one_device)
@@ -387,6 +395,7 @@ def other_alone(other, members, one_device, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_another_optimiser_learns_and_its_stopped_replicas_are_their_solo_runs(
     other, other_alone, members, one_device, tmp_path
 ):
@@ -400,6 +409,7 @@ def test_another_optimiser_learns_and_its_stopped_replicas_are_their_solo_runs(
     assert weights(cohort[0].run) != weights(cohort[1].run)
 
 
+@pytest.mark.slow
 def test_another_optimiser_in_batches_over_sharded_replicas_is_close_to_solo_runs(
     other, other_alone, members, tiny_store, one_device, tmp_path
 ):

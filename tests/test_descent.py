@@ -232,7 +232,11 @@ def test_a_cohort_of_children_gives_each_the_bits_that_it_has_alone(child, tiny,
 
 
 @pytest.mark.parametrize(
-    "shape", [{"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"replica": 2, "data": 2, "fsdp": 2}, marks=pytest.mark.slow)]
+    "shape",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"replica": 2, "data": 2, "fsdp": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_mesh_changes_last_bits_of_training_and_none_of_the_start(shape, child, trained, adapted, tmp_path, one_device):
     base = replace(child, lora=ADAPTED)

@@ -131,6 +131,7 @@ def test_local_processes_hear_a_signal_and_stay_stopped(number, tmp_path):
     assert len((tmp_path / "ready").read_text()) == 2
 
 
+@pytest.mark.slow
 def test_local_processes_make_the_weights_of_one_that_has_all_their_devices(tmp_path):
     study = tmp_path / "study.py"
     study.write_text(meshes.STUDY)

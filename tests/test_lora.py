@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import MODELS, PADDED, VOCABULARY, distance, reference, tokens, weights
+from test_model import MODELS, NAMES, PADDED, VOCABULARY, distance, reference, tokens, weights
 from test_optim import orthogonal
 from test_params import assert_same
 
@@ -67,17 +67,18 @@ def check_forward(model, adapters):
     assert set(flatten(merged)) == set(params.table(model, PADDED))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_decoder_with_adapters_is_the_merged_one_and_the_definition(name):
     check_forward(MODELS[name], every(MODELS[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["q", "k", "o", "gate", "down"])
 def test_every_matrix_is_adapted_by_itself(target):
     check_forward(SMALL, dataclasses.replace(SOME, targets=(target,)))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_merged_is_the_definition_and_the_rest_stays(name):
     model = MODELS[name]
     adapters = dataclasses.replace(every(model), targets=("q", "o", "down"))
@@ -90,7 +91,7 @@ def test_what_is_merged_is_the_definition_and_the_rest_stays(name):
     assert descent.merged(tree, None) is tree
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_modules_parameters_are_those_of_the_table(name):
     model = MODELS[name]
     adapters = every(model)
@@ -101,7 +102,7 @@ def test_the_modules_parameters_are_those_of_the_table(name):
     assert lora.table(model, PADDED, None) == params.table(model, PADDED)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_first_step_is_the_parents(name):
     model, ids_BT = MODELS[name], tokens(2, 9)
     adapters, parent = every(model), weights(model)
@@ -225,7 +226,7 @@ def test_a_twin_of_nothing(perturb, part):
 # --- how they are trained ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lion", "muon"])
+@pytest.mark.parametrize("kind", ["muon", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("adamw", "lion"))])
 def test_every_optimiser_moves_adapters_and_nothing_else(kind, one_device):
     """At first B alone, for A has no gradient while B is zero; then both."""
     model = Model(width=16, layers=1, heads=2, kv_heads=1)

@@ -223,6 +223,7 @@ def test_commands_that_differ_are_refused_by_name(both, study, tmp_path):
     assert not list((tmp_path / "out").glob("runs/*"))
 
 
+@pytest.mark.slow
 def test_another_version_of_the_code_is_refused_by_name(both, study, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(Path(config.__file__).parent, other / "natfp_jax", ignore=shutil.ignore_patterns("__pycache__"))

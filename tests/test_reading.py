@@ -2,6 +2,7 @@
 
 from functools import cached_property
 
+import jax
 import numpy as np
 import pytest
 from numpy.random import default_rng
@@ -270,14 +271,14 @@ def test_a_language_model_scores_a_text_and_its_end(some):
     texts, labels = some
     fitted = small(LanguageModels, epochs=1, tokens=16).fit(texts, labels)
     model, tokenizer = Model(width=16, layers=1, heads=2), Characters()
-    some = texts[:12]  # each length is a compilation of its own here
+    some = texts[:12]
+    logits_TV = jax.jit(lambda tree, row: logits(hidden(model, tree, row[None]), head(tree), tokenizer.size)[0])
     assert {len(text) >= 16 for text in some} == {True, False}
     expected_NK = np.empty((len(some), 3))
     for n, ids in enumerate(tokenizer.encode_batch(some)):
         row = np.array([0, *ids, 0])[:17]  # a text of sixteen ids or more is cut, and its end not seen
         for k, tree in enumerate(fitted.params_[str(k)] for k in range(3)):
-            z_TV = np.asarray(logits(hidden(model, tree, row[None, :-1]), head(tree), tokenizer.size)[0], np.float64)
-            z_TV = z_TV[:, : tokenizer.size]
+            z_TV = np.asarray(logits_TV(tree, row[:-1]), np.float64)[:, : tokenizer.size]
             log_p_TV = z_TV - np.log(np.exp(z_TV).sum(axis=1, keepdims=True))
             expected_NK[n, k] = log_p_TV[np.arange(len(row) - 1), row[1:]].sum()
     odds_NK = np.exp(fitted.scale_ * (expected_NK - expected_NK.max(axis=1, keepdims=True)))

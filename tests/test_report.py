@@ -312,7 +312,12 @@ def test_the_report_is_written_once_and_again_only_if_something_changed(work):
 
 
 @pytest.mark.parametrize(
-    ("name", "lost"), [("losses.png", True), ("accuracies.png", False), ("confusion-words.png", False), ("report.md", True)]
+    ("name", "lost"),
+    [
+        ("losses.png", True),
+        ("report.md", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("confusion-words.png", False), ("report.md", True))),
+    ],
 )
 def test_a_damaged_page_or_figure_is_told_of_and_made_anew(work, name, lost):
     report.report(work)

@@ -104,7 +104,6 @@ def contents(folder):
 # --- invariant 4 ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_untouched_one(tiny_store, tmp_path):
     root, moments = tiny_store.folder.parent.parent, random.Random(0)
     finished(started(root, tmp_path / "untouched"))

@@ -501,6 +501,7 @@ def told(made, monkeypatch, stop_at):
     return done
 
 
+@pytest.mark.slow
 def test_a_cohort_that_was_stopped_finds_itself_again_when_others_are_finished(tmp_path, finished, monkeypatch):
     """The arms are cut into [the first] and [the second, the twin], of which the latter is stopped."""
     study = replace(STUDY, run=replace(STUDY.run, cohort=2))
@@ -695,7 +696,7 @@ def test_a_damaged_checkpoint_is_not_sampled_from_and_is_trained_again_once_it_i
     assert results(copy) == results(finished)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "params", "optimiser"])
+@pytest.mark.parametrize("name", [pytest.param("manifest.json", marks=pytest.mark.slow), "params", "optimiser"])
 def test_a_checkpoint_that_lost_a_part_is_damaged(copy, finished, name):
     step = work(copy).run_of("init1").checkpoints / "16"
     shutil.rmtree(step / name) if (step / name).is_dir() else (step / name).unlink()
@@ -727,7 +728,7 @@ def test_the_run_of_another_experiment_is_refused(copy):
 
 
 @pytest.mark.parametrize("name", ["attribution.json", "timings.json", "report/summary.json"])
-@pytest.mark.parametrize("text", ["{", "{}"])
+@pytest.mark.parametrize("text", [pytest.param("{", marks=pytest.mark.slow), "{}"])
 def test_a_damaged_result_of_a_study_is_made_again_once_it_is_set_aside(copy, finished, name, text):
     path = copy / "studies" / "tiny" / name
     path.write_text(text)
@@ -744,7 +745,7 @@ def test_a_damaged_result_of_a_study_is_made_again_once_it_is_set_aside(copy, fi
 
 
 @pytest.mark.parametrize("name", ["study.json", "arms.json"])
-@pytest.mark.parametrize("text", ["{", "{}"])
+@pytest.mark.parametrize("text", [pytest.param("{", marks=pytest.mark.slow), "{}"])
 def test_a_damaged_owner_of_a_study_is_refused_until_it_is_removed(copy, finished, name, text):
     """Whose folder it is can not be guessed: these are not set aside, the user is asked."""
     path = copy / "studies" / "tiny" / name
@@ -805,6 +806,7 @@ def grid(finished, tmp_path_factory):
     return everything(Path(shutil.copytree(finished, tmp_path_factory.mktemp("grid") / "out")), GRID)
 
 
+@pytest.mark.slow
 def test_orders_share_their_start_and_inits_their_order(grid):
     first, last = ({arm: grid.run_of(arm).record(step) for arm in grid.arms} for step in (0, 16))
     for i in "01":
@@ -967,6 +969,7 @@ def stopped(process, moment, seconds, number):
     return out, "".join(said) + errors
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_a_study_comes_to_the_same(natfp, tmp_path):
     untouched = natfp(tmp_path / "untouched")
     _, errors = untouched.communicate(timeout=meshes.STUCK)

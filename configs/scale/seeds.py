@@ -55,8 +55,15 @@ MESHES: dict[Hardware, dict[Size, Mesh]] = {
         "7b": Mesh(fsdp=32),
     },
 }
-# Windows that a device takes at once: its attention holds the scores of each.
-AT_ONCE = {"70m": 4, "160m": 4, "410m": 2, "1.4b": 2, "7b": 1}
+# Windows that a device takes at once: its memory holds what a layer computes of them.
+OF_H200: dict[Size, int] = {"70m": 32, "160m": 16, "410m": 16, "1.4b": 8, "7b": 4}
+OF_V5E: dict[Size, int] = {"70m": 16, "160m": 8, "410m": 4, "1.4b": 4, "7b": 1}
+OF_V5P: dict[Size, int] = {"70m": 32, "160m": 16, "410m": 16, "1.4b": 8, "7b": 4}
+AT_ONCE: dict[Hardware, dict[Size, int]] = {
+    **dict.fromkeys(("h200x1", "h200x8"), OF_H200),
+    **dict.fromkeys(("v5e-16", "v5e-256"), OF_V5E),
+    "v5p-64": OF_V5P,
+}
 DEVICES: dict[Hardware, int] = {"h200x1": 1, "h200x8": 8, "v5e-16": 16, "v5e-256": 256, "v5p-64": 32}
 
 
@@ -80,7 +87,7 @@ def study(size: Size = "70m", hardware: Hardware = "v5e-16") -> Study:
             mesh=mesh,
             cohort=mesh.replica,
             remat="full",
-            microbatches=max(1, rows // AT_ONCE[size]),
+            microbatches=max(1, rows // AT_ONCE[hardware][size]),
             checkpoints=(0.01, 0.03, 0.1, 0.3),
         ),
         sampling=Sampling(prompts=100_000, new_tokens=64, checkpoints=(0.03, 0.3, 1.0)),
