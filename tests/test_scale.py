@@ -63,8 +63,6 @@ def test_the_smallest_compiles_for_its_slice_and_fits(tmp_path):
         "from natfp_jax.cli import main; main()",
         "plan",
         str(STUDY),
-        "size=70m",
-        "hardware=v5e-16",
     ]
     command += ["size=70m", "hardware=v5e-16", "--topology", "v5e:4x4", "--json", str(tmp_path / "plan.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
