@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from natfp_jax.cli import FALSE
 
 __all__ = ["main"]
 
 ROOT = Path(__file__).parent.parent
 STUDY, RESULTS = ROOT / "configs" / "scale" / "seeds.py", ROOT / "docs" / "results" / "plan"
-TOPOLOGIES = {"h200x1": "h200:1", "h200x8": "h200:8", "v5e-16": "v5e:4x4", "v5e-256": "v5e:16x16", "v5p-64": "v5p:4x4x2"}
+TOPOLOGIES = {"h200x1": "h200:1", "h200x8": "h200:8", "v5e-16": "v5e:4x4", "v5e-256": "v5e:16x16", "v5p-64": "v5p:2x4x4"}
 SIZES = ("70m", "160m", "410m", "1.4b", "7b")
 
 
@@ -31,7 +32,7 @@ def planned(size: str, hardware: str) -> dict[str, Any]:
         command = [sys.executable, "-c", "from natfp_jax.cli import main; main()", "plan", str(STUDY)]
         command += [f"size={size}", f"hardware={hardware}", "--topology", TOPOLOGIES[hardware], "--json", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-        if done.returncode:
+        if done.returncode > FALSE:
             raise SystemExit(f"{size} on {hardware}: {done.stderr.strip().splitlines()[-1]}")
         path.with_suffix(".txt").write_text(done.stdout)
     found: dict[str, Any] = json.loads(path.read_text())
@@ -71,6 +72,8 @@ def main() -> None:
     columns = ["size", "slice", "fits", "training", "sampling", "FLOP a step", "step", "bound by", "MFU", "hours", "chip-hours"]
     rows = [line(*pair, plan) for pair, plan in zip(wanted, found, strict=True)]
     (RESULTS / "table.txt").write_text(report.show("four arms and their draws; times are lower bounds", columns, rows))
+    if not all(plan["fits"] for plan in found):
+        raise SystemExit(FALSE)
 
 
 if __name__ == "__main__":

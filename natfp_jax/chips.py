@@ -51,28 +51,31 @@ def _tpu(name: str, kinds: tuple[str, ...], bf16: float, gib: float, bandwidth: 
 
 
 def _gpu(
-    name: str, kinds: tuple[str, ...], bf16: float, tf32: float, f32: float, gb: float, bandwidth: float, link: float
+    name: str, kinds: tuple[str, ...], bf16: float, tf32: float, f32: float, gib: float, bandwidth: float, link: float
 ) -> Chip:
     # XLA_PYTHON_CLIENT_MEM_FRACTION is 0.75 where it is not set.
-    return Chip(name, "gpu", kinds, bf16, tf32, f32, gb * 1e9, bandwidth, link, lent=0.75)
+    return Chip(name, "gpu", kinds, bf16, tf32, f32, gib * _GIB, bandwidth, link, lent=0.75)
 
 
 # TPUs: cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e, tpu7x (links: half of the two-way bandwidth). JAX sees the cores of v3
-# and tpu7x, and the whole chips of the others. GPUs: the data sheets of A100 (2021), H100 (2023) and H200 (2024), without
-# sparsity; NVLink one way, or PCIe.
+# and tpu7x, and the whole chips of the others. Their memory is what libtpu 0.0.42 says a program can have; of v3 the data
+# sheet's. GPUs: the data sheets of A100 (2021), H100 (2023) and H200 (2024), without sparsity; NVLink one way, or PCIe. Their
+# memory is what CUDA lends, in GiB, which is what the data sheets call GB, less what it keeps.
 CHIPS = (
     _tpu("v3", ("TPU v3",), 123e12, 32, 900e9, 328e9, devices=2),
-    _tpu("v4", ("TPU v4",), 275e12, 32, 1228e9, 300e9),
-    _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16, 819e9, 200e9),
-    _tpu("v5p", ("TPU v5",), 459e12, 95, 2765e9, 600e9),
-    _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32, 1638e9, 400e9),
-    _tpu("tpu7x", ("TPU7x", "TPU v7"), 2307e12, 192, 7380e9, 600e9, devices=2),
-    _gpu("a100-40", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312e12, 156e12, 19.5e12, 40, 1555e9, 300e9),
-    _gpu("a100", ("NVIDIA A100",), 312e12, 156e12, 19.5e12, 80, 2039e9, 300e9),
-    _gpu("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 378e12, 51e12, 80, 2000e9, 64e9),
-    _gpu("h100-nvl", ("NVIDIA H100 NVL",), 835e12, 417e12, 60e12, 94, 3900e9, 300e9),
-    _gpu("h100", ("NVIDIA H100",), 989e12, 494e12, 67e12, 80, 3350e9, 450e9),
-    _gpu("h200", ("NVIDIA H200",), 989e12, 494e12, 67e12, 141, 4800e9, 450e9),
+    _tpu("v4", ("TPU v4",), 275e12, 30.75, 1228e9, 300e9),
+    _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75, 819e9, 200e9),
+    _tpu("v5p", ("TPU v5",), 459e12, 95.74, 2765e9, 600e9),
+    _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25, 1638e9, 400e9),
+    _tpu("tpu7x", ("TPU7x", "TPU v7"), 2307e12, 189.5, 7380e9, 600e9, devices=2),
+    _gpu("a100-40", ("NVIDIA A100-SXM4-40GB",), 312e12, 156e12, 19.5e12, 39, 1555e9, 300e9),
+    _gpu("a100-40-pcie", ("NVIDIA A100-PCIE-40GB",), 312e12, 156e12, 19.5e12, 39, 1555e9, 32e9),
+    _gpu("a100-pcie", ("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 19.5e12, 79, 1935e9, 32e9),
+    _gpu("a100", ("NVIDIA A100",), 312e12, 156e12, 19.5e12, 79, 2039e9, 300e9),
+    _gpu("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 378e12, 51e12, 79, 2000e9, 64e9),
+    _gpu("h100-nvl", ("NVIDIA H100 NVL",), 835e12, 417e12, 60e12, 93, 3900e9, 300e9),
+    _gpu("h100", ("NVIDIA H100",), 989e12, 494e12, 67e12, 79, 3350e9, 450e9),
+    _gpu("h200", ("NVIDIA H200",), 989e12, 494e12, 67e12, 139, 4800e9, 450e9),
 )
 
 

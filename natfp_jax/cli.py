@@ -53,7 +53,7 @@ Place = Annotated[
 ]
 _OF_A_STUDY = ("run", "train", "sample", "attribute", "report", "plan")  # the verbs that take overrides
 _OF_A_PATH = ("--out", "--texts", "--save", "--json", "--tokenizer", "--others")  # their values may have the sign in them
-FALSE = 1  # exit code: an audit found something that is not so
+FALSE = 1  # exit code: an audit found something that is not so, or a plan does not fit
 _UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
     # no folder of one's own
@@ -424,7 +424,7 @@ def plan(
     """Says what a study costs on a slice, before it is rented: memory, operations, what is sent, and the least time.
 
     Compiles the training step and the sampler themselves, without a corpus and without the devices. For TPUs it needs the
-    `tpu` extra; for GPUs it is an estimate.
+    `tpu` extra; for GPUs it is an estimate. Ends with 1 if it does not fit.
 
     Example: natfp plan configs/quickstart.py --topology v5e:4x4 run.mesh.fsdp=4
 
@@ -451,10 +451,12 @@ def plan(
     console = _console()
     for table in tables(found):
         console.print(table)
-    for line in [*notes(found), *([] if found.fits else [refused(other)])]:
+    for line in [*notes(found), *([] if found.fits else [refused(found, other)])]:
         console.print(f"- {line}", highlight=False)
     if json is not None:
         write_json(json, {**found.json(), "remedy": None if other is None else asdict(other)})
+    if not found.fits:
+        sys.exit(FALSE)
 
 
 def audit(

@@ -105,7 +105,7 @@ def plan(
 
 
 def remedy(study: Study, found: Plan, devices: jax.sharding.Mesh, say: Callable[[str], None]) -> Remedy | None:
-    """What of `run.` to change so that a plan fits that does not, where that is training."""
+    """What of `run.` to change so that the training of a plan fits that does not; None: it fits, or there is nothing to try."""
     groups = alike([*parents(arms(study)), *arms(study)])
     wrong = [group[0].experiment for group, one in zip(groups, found.trainings, strict=True) if not one.memory.fits]
     return nearest(wrong, vocabulary(study), study.run, found.chip.usable, devices, say) if wrong else None

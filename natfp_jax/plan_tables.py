@@ -52,8 +52,13 @@ def notes(plan: Plan) -> Iterator[str]:
         )
 
 
-def refused(other: Remedy | None) -> str:
+def refused(plan: Plan, other: Remedy | None) -> str:
     """That it does not fit, and what would."""
+    if all(one.memory.fits for one in plan.trainings):
+        rows = max(texts.rows for texts in plan.texts if not texts.memory.fits)
+        return (
+            f"Training fits, sampling {rows} texts at once does not: give a smaller sampling.batch, or a larger run.mesh.tensor"
+        )
     if other is None:
         return "It does not fit, and no remat, fsdp or microbatches are left to try: take more chips, or a smaller batch"
     settings, takes = " ".join(other.overrides), _bytes(other.memory.least)

@@ -95,6 +95,7 @@ class _Counted:
     def __init__(self, loops: int) -> None:
         self.loops = loops
         self.found: list[Product] = []
+        self.looped = False  # inside of a loop that takes replicas one by one, whose arrays lack their axis
 
     def walk(self, jaxpr: Jaxpr, rows: list[bool], mesh: dict[str, int], times: int, ways: int) -> list[bool]:
         """What of its outputs holds rows. `mesh`: the axes that are left to the compiler; `ways`: so many do the same."""
@@ -111,7 +112,7 @@ class _Counted:
     def _equation(self, eqn: Any, given: list[bool], mesh: dict[str, int], times: int, ways: int) -> list[bool]:
         name, parameters = eqn.primitive.name, eqn.params
         if name == "dot_general":
-            carries, product = _product(eqn, given, mesh, times, ways)
+            carries, product = _product(eqn, given, mesh, times, ways, 0 if self.looped else 1)
             self.found.append(product)
             return [carries]
         # Of loops the first round says what holds rows: the next replica's weights hold none either.
@@ -119,7 +120,10 @@ class _Counted:
             return self.walk(parameters["jaxpr"].jaxpr, given, mesh, times * parameters["length"], ways)
         if name == "while":
             inputs = given[parameters["cond_nconsts"] :]
-            return self.walk(parameters["body_jaxpr"].jaxpr, inputs, mesh, times * self.loops, ways)
+            before, self.looped = self.looped, True
+            outs = self.walk(parameters["body_jaxpr"].jaxpr, inputs, mesh, times * self.loops, ways)
+            self.looped = before
+            return outs
         if name == "cond":
             return self._costliest(parameters["branches"], given[1:], mesh, times, ways)
         if name == "shard_map":
@@ -147,14 +151,14 @@ class _Counted:
         return outs
 
 
-def _product(eqn: Any, given: list[bool], mesh: dict[str, int], times: int, ways: int) -> tuple[bool, Product]:
-    """Whether the outcome holds rows, and the product."""
+def _product(eqn: Any, given: list[bool], mesh: dict[str, int], times: int, ways: int, leading: int) -> tuple[bool, Product]:
+    """Whether the outcome holds rows, and the product; `leading`: axes of replicas that arrays have in front, 0 or 1."""
     (left, right), out = (atom.aval for atom in eqn.invars), eqn.outvars[0].aval
     (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
     flops = 2 * math.prod(out.shape) * math.prod(left.shape[axis] for axis in contracted)
     # Two arrays of rows that have nothing but the axis of the replicas in common are summed over their rows: the gradient of a
-    # weight.
-    summed = all(given) and len(batched) <= 1 and not any(axis for axis in batched)
+    # weight. What they have in common besides is rows: of each row, or of each device's.
+    summed = all(given) and len(batched) <= leading and not any(axis for axis in batched)
     carries = any(given) and not summed
     cut, tensor = math.prod(mesh.get(axis, 1) for axis in _ROWS), mesh.get("tensor", 1)
     moved = sum(

@@ -103,7 +103,7 @@ def _tpus(wanted: Slice) -> Sequence[jax.Device]:
         said = " ".join(str(error).split())[:160]
         raise UserError(
             f"--topology {wanted.name}: the TPU compiler knows no slice of {math.prod(wanted.shape)} chips so laid ({said}): "
-            "give one that is rented, such as v5e:4x4, v6e:8x8 or v5p:4x4x2"
+            "give one that is rented, such as v5e:4x4, v6e:8x8 or v5p:2x4x4"
         ) from None
     return found
 

@@ -89,11 +89,15 @@ EXPERIMENT = Experiment(model=Model(width=64, layers=3, heads=4, kv_heads=2), da
 
 
 def step(platform, replicas=1, experiment=EXPERIMENT, over=None, **settings):
+    return operations(counted_step(platform, replicas, experiment, over, **settings))
+
+
+def counted_step(platform, replicas=1, experiment=EXPERIMENT, over=None, **settings):
     devices = mesh.make(over or config.Mesh(data=1), jax.devices()[: 8 if over else 1])
     with platforms.planned(platform):
         made = program_for(experiment, VOCABULARY, VOCABULARY, devices, Run(**settings), replicas).traced
     rows = [value.aval.shape[1:] == (16, 33) for value in made.jaxpr.jaxpr.invars]
-    return operations(products(made.jaxpr, rows, devices.shape, -(-replicas // devices.shape["replica"])))
+    return products(made.jaxpr, rows, devices.shape, -(-replicas // devices.shape["replica"]))
 
 
 MODEL = flops.per_token(EXPERIMENT.model, VOCABULARY, 32) * 16 * 32
@@ -109,6 +113,16 @@ def test_a_step_has_the_operations_of_the_formula_and_what_is_masked():
 @pytest.mark.parametrize("over", [None, config.Mesh(replica=2, fsdp=4), config.Mesh(replica=2, fsdp=2, tensor=2)])
 def test_a_cohort_has_the_operations_of_its_arms_whatever_the_mesh_and_execution(execution, over):
     assert step("tpu", 4, over=over, execution=execution) == 4 * step("tpu")
+
+
+@pytest.mark.parametrize("over", [config.Mesh(fsdp=8), config.Mesh(replica=2, data=4)])
+def test_a_device_moves_as_much_whether_its_replica_is_in_a_loop_or_not(over):
+    replicas = over.replica  # one of each device
+    strict, fast = (
+        sum(one.bytes * one.times for one in counted_step("tpu", replicas, over=over, execution=execution))
+        for execution in ("strict", "fast")
+    )
+    assert strict == fast
 
 
 def test_parts_of_a_batch_have_the_operations_of_the_whole():

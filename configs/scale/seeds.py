@@ -4,7 +4,7 @@
     natfp run configs/scale/seeds.py size=160m hardware=v5e-16 --out gs://bucket/out    # or /shared/out, on every host
 
     size        70m, 160m, 410m, 1.4b (the shapes of Pythia, Biderman et al., 2023, with SwiGLU), 7b (that of Llama 2)
-    hardware    h200x1 (up to 1.4b), h200x8, v5e-16 (v5e:4x4), v5e-256 (v5e:16x16), v5p-64 (v5p:4x4x2: 64 cores are 32 chips)
+    hardware    h200x1 (up to 1.4b), h200x8, v5e-16 (v5e:4x4), v5e-256 (v5e:16x16), v5p-64 (v5p:2x4x4: 64 cores are 32 chips)
 
 Every arm sees 20 tokens a parameter of c4/en once (Hoffmann et al., 2022), in windows of 2048 and half a million tokens a step,
 in bfloat16. Where a model leaves room, the four arms train side by side along `replica`; else each takes all devices.
