@@ -18,15 +18,17 @@ fi
 processes=$1
 shift
 
+IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}" # of a part of a machine
 stopped='' told=''
 trap 'stopped=yes told=yes; kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 
 for ((try = 0; try <= RESTARTS; try++)); do
     pids=()
     for ((i = 0; i < processes; i++)); do
-        CUDA_VISIBLE_DEVICES=$i "$NATFP" run "$@" --coordinator "localhost:$PORT" --processes "$processes" --process "$i" &
+        CUDA_VISIBLE_DEVICES=${gpus[i]:-$i} "$NATFP" run "$@" --coordinator "localhost:$PORT" --processes "$processes" --process "$i" &
         pids+=($!)
     done
+    [ -z "$stopped" ] || kill -TERM "${pids[@]}" 2>/dev/null # those that were started after the signal
     worst=0
     for pid in "${pids[@]}"; do
         told=yes

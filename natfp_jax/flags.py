@@ -28,7 +28,7 @@ from natfp_jax.errors import UserError
 from natfp_jax.progress import Progress
 from natfp_jax.stopping import STOPPED
 
-__all__ = ["GONE", "RENEWED", "holder", "raised", "seen"]
+__all__ = ["GONE", "RENEWED", "holder", "proven", "raised", "seen"]
 
 RENEWED, GONE = 15.0, 60.0  # seconds
 _PAUSE = 0.5
@@ -77,8 +77,18 @@ def holder(folder: Path) -> str:
 
 
 def seen(folder: Path) -> bool:
-    """Whether any flag is up: also that of a process that was killed less than a moment ago."""
+    """Whether any flag is up: also that of a process that was killed."""
     return bool(_others(folder))
+
+
+def proven(folder: Path) -> bool:
+    """Whether a process holds the folder: its flag is watched until it is renewed, or has not been for `GONE` seconds."""
+    watched = dict[str, tuple[str, float]]()
+    while flags := _swept(folder, watched, None):
+        if any(lives for _, lives in flags):
+            return True
+        time.sleep(_PAUSE)
+    return False
 
 
 def _others(folder: Path) -> list[Path]:
@@ -91,25 +101,10 @@ def _others(folder: Path) -> list[Path]:
 
 
 def _wait_for_none(folder: Path, progress: Progress | None, wait: bool) -> None:
-    """Returns once no flag is up; removes those of processes that are no more."""
-    watched: dict[str, tuple[str, float]] = {}  # flag → what it said, and since when
-    told = False
-    while flags := _others(folder):
-        for path in flags:
-            try:
-                text = path.read_text()
-            except FileNotFoundError:
-                continue
-            before, since = watched.setdefault(path.name, (text, time.monotonic()))
-            found = _read(text)
-            lives = True if before != text else _lives(found)
-            if lives is False or (lives is None and time.monotonic() - since > GONE):
-                if lives is None:  # it may come back
-                    path.with_suffix(_GONE).write_text("")
-                path.unlink(missing_ok=True)
-                if progress is not None:
-                    progress.say(f"{folder.parent} was left by {found['holder']}, which ended in its work: going on from there")
-                continue
+    """Returns once no flag is up."""
+    watched, told = dict[str, tuple[str, float]](), False
+    while flags := _swept(folder, watched, progress):
+        for found, lives in flags:
             if lives and not wait:
                 where = folder.parent
                 raise UserError(f"{where} is in use by another process ({found['holder']}): wait for it or stop it")
@@ -117,9 +112,36 @@ def _wait_for_none(folder: Path, progress: Progress | None, wait: bool) -> None:
                 said = "is" if lives else "may still be"
                 progress.say(f"another process ({found['holder']}) {said} at work on {folder.parent}: waiting for it")
                 told = True
-            if before != text:
-                watched[path.name] = text, time.monotonic()
         time.sleep(_PAUSE)
+
+
+def _swept(
+    folder: Path, watched: dict[str, tuple[str, float]], progress: Progress | None
+) -> list[tuple[dict[str, Any], bool | None]]:
+    """Removes the flags of processes that are no more; of the others whose they are, and whether these are known to be at work.
+
+    `watched`: flag → what it said, and since when; to be given again.
+    """
+    left = list[tuple[dict[str, Any], bool | None]]()
+    for path in _others(folder):
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            continue
+        before, since = watched.setdefault(path.name, (text, time.monotonic()))
+        found = _read(text)
+        lives = True if before != text else _lives(found)
+        if lives is False or (lives is None and time.monotonic() - since > GONE):
+            if lives is None:  # it may come back
+                path.with_suffix(_GONE).write_text("")
+            path.unlink(missing_ok=True)
+            if progress is not None:
+                progress.say(f"{folder.parent} was left by {found['holder']}, which ended in its work: going on from there")
+            continue
+        if before != text:
+            watched[path.name] = text, time.monotonic()
+        left.append((found, lives))
+    return left
 
 
 def _renew(mine: Path, said: dict[str, Any], done: threading.Event) -> None:

@@ -60,6 +60,7 @@ def alone(folder: Path, progress: Progress | None = None, wait: bool = False) ->
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        os.fsync(file.fileno())  # other hosts read it over NFS while it is open here
         try:
             yield
         finally:
@@ -88,10 +89,14 @@ def holder(folder: Path) -> str:
     return lock.read_text() if lock.exists() else "none"
 
 
-def held(folder: Path) -> bool:
-    """Whether some process holds the lock of `folder` now. In an object store one that was killed may still seem to."""
+def held(folder: Path, proven: bool = False) -> bool:
+    """Whether some process holds the lock of `folder` now.
+
+    Args:
+      proven: in an object store, where a process that was killed seems to hold it still, it is waited until that is known.
+    """
     if places.remote(folder):
-        return flags.seen(folder / LOCK)
+        return flags.proven(folder / LOCK) if proven else flags.seen(folder / LOCK)
     try:
         with open(folder / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

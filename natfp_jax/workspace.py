@@ -82,7 +82,8 @@ class Workspace:
             )
         with alone(self.folder, self.progress, wait=self.share is not None):
             tasks = [folder.name for folder in sorted(self._tasks.glob("*-of-*")) if held(folder)]
-            strangers = [name for name in tasks if self.share is None or not name.endswith(f"-of-{self.share.tasks}")]
+            others = [name for name in tasks if self.share is None or not name.endswith(f"-of-{self.share.tasks}")]
+            strangers = [name for name in others if held(self._tasks / name, proven=True)]
             if strangers:
                 expected = "none beside it" if self.share is None else f"--tasks {self.share.tasks}"
                 raise UserError(

@@ -85,7 +85,7 @@ def test_scripts_say_how_they_are_used():
     assert (done.returncode, done.stderr) == (2, "usage: launch/local.sh PROCESSES STUDY [options of natfp run]\n")
     done = subprocess.run([LAUNCH / "tpu_vm.sh"], capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "SHARE=HOST:/PATH is missing" in done.stderr
+    assert "SHARE=HOST:/PATH or gs://BUCKET/FOLDER is missing" in done.stderr
 
 
 # --- local.sh -----------------------------------------------------------------------------------------------------------
@@ -102,6 +102,15 @@ def test_local_processes_know_one_another(noting, parsed):
     assert sorted((how.coordinator, how.processes, how.process) for _, how in found) == [
         ("localhost:4711", 3, i) for i in range(3)
     ]
+
+
+def test_each_local_process_has_one_of_the_gpus_that_are_given(tmp_path):
+    natfp = put(tmp_path / "natfp", f'echo "$CUDA_VISIBLE_DEVICES" >>{tmp_path}/seen')
+    for given, expected in (("4,6", ["4", "6"]), ("", ["0", "1"])):
+        environment = {**os.environ, "NATFP": natfp, "CUDA_VISIBLE_DEVICES": given}
+        subprocess.run([LAUNCH / "local.sh", "2", *ARGUMENTS], env=environment, check=True)
+        assert sorted((tmp_path / "seen").read_text().split()) == expected
+        (tmp_path / "seen").unlink()
 
 
 @pytest.mark.parametrize(("first", "then", "tries", "end"), [(75, 0, 2, 0), (134, 0, 2, 0), (2, 0, 1, 2), (75, 75, 4, 75)])
@@ -150,9 +159,12 @@ def test_local_processes_make_the_weights_of_one_that_has_all_their_devices(tmp_
 # --- slurm.sbatch (under a real SLURM: test_slurm.py) ---------------------------------------------------------------------
 
 
+ARRAY = {"SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_COUNT": "4"}
+
+
 @pytest.mark.parametrize(
     ("task", "expected"),
-    [({}, (None, None)), ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "3"}, (1, 4))],
+    [({}, (None, None)), ({**ARRAY, "SLURM_ARRAY_TASK_ID": "1"}, (1, 4))],
 )
 def test_tasks_of_slurm_get_their_share(task, expected, noting, parsed, tmp_path):
     natfp, lines = noting
@@ -163,6 +175,16 @@ def test_tasks_of_slurm_get_their_share(task, expected, noting, parsed, tmp_path
     assert overrides == ("name=a name",)
     assert (how.task, how.tasks) == expected
     assert (how.coordinator, how.processes, how.process) == (None, None, None)  # SLURM says
+
+
+def test_a_part_of_an_array_is_not_taken_for_the_whole(noting):
+    natfp, _ = noting
+    environment = {**os.environ, **ARRAY, "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1", "NATFP": natfp}
+    done = subprocess.run(["bash", slurm.FILE, *ARGUMENTS], env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--array=0-3" in done.stderr
+    assert not natfp.with_name("notes").exists()
 
 
 @pytest.mark.parametrize(
@@ -184,7 +206,9 @@ def test_a_job_of_slurm_is_queued_again_where_that_helps(code, restarts, again, 
 GCLOUD = r"""
 { printf '%s\0' gcloud "$@"; printf '\1'; } >>"$WORK/calls"
 case "$*" in
-    *queued-resources\ describe*) cat "$WORK/state" 2>/dev/null ;;
+    *queued-resources\ describe*)
+        [ -z "${OFFLINE:-}" ] || [ -e "$WORK/asked" ] || { echo >"$WORK/asked"; echo "no network" >&2; exit 1; }
+        cat "$WORK/state" 2>/dev/null || { echo "NOT_FOUND: there is none" >&2; exit 1; } ;;
     *queued-resources\ create*) echo "${CREATED:-ACTIVE}" >"$WORK/state"; exit "${REFUSED:-0}" ;;
     *queued-resources\ delete*) rm "$WORK/state" ;;
     *tpu-vm\ scp*) cp "$5" "$WORK/sent.tgz" ;;
@@ -192,6 +216,8 @@ case "$*" in
         echo >>"$WORK/runs"
         [ "$(wc -l <"$WORK/runs")" -gt 1 ] || { echo SUSPENDED >"$WORK/state"; exit 255; }
         exit "${ENDS:-0}" ;;
+    *uv\ pip*) exit "${SETUP:-0}" ;;
+    *storage\ cp*) mkdir -p out && cp -r "$WORK/there/studies" out ;;
     *tar\ -cz*) tar -cz -C "$WORK/there" studies ;;
 esac
 """
@@ -236,7 +262,7 @@ def test_a_tpu_slice_that_is_taken_away_is_asked_for_again_and_deleted_in_the_en
     assert verbs(calls) == [*once, "delete", *once, "ssh", "delete"]
     runs = [call[call.index("--command") + 1] for call in calls if "natfp run" in call[-1]]
     assert runs[0] == runs[1]
-    arguments = shlex.split(runs[0].removeprefix("cd natfp && "))
+    arguments = shlex.split(runs[0].partition("cd natfp && ")[2])
     assert arguments[0] == ".venv/bin/natfp"
     overrides, how = parsed(arguments[1:])
     assert (overrides, how.out) == (("name=a name",), Path("/mnt/natfp/out"))
@@ -251,6 +277,30 @@ def test_a_tpu_slice_whose_study_fails_is_left_for_a_look(tpu_vm, tmp_path):
     assert code == 2
     assert verbs(calls)[-1] == "ssh"
     assert (tmp_path / "state").exists()
+
+
+def test_a_setup_that_fails_is_not_tried_again_at_the_users_expense(tpu_vm, tmp_path):
+    code, calls = tpu_vm(SETUP="1")
+    assert code == 1
+    assert verbs(calls) == ["create", "scp", "ssh"]
+    assert (tmp_path / "state").exists()
+
+
+def test_a_slice_that_cannot_be_asked_about_is_not_taken_for_none(tpu_vm, tmp_path):
+    (tmp_path / "state").write_text("ACTIVE\n")
+    code, calls = tpu_vm(OFFLINE="1")
+    assert code == 0
+    assert verbs(calls)[:3] == ["scp", "ssh", "ssh"]
+
+
+def test_a_study_on_tpus_may_be_kept_in_a_bucket(tpu_vm, parsed, tmp_path):
+    code, calls = tpu_vm(SHARE="gs://bucket/folder")
+    assert code == 0
+    assert not any("mount" in word for call in calls for word in call)
+    run = next(call[-1] for call in calls if "natfp run" in call[-1])
+    _, how = parsed(shlex.split(run.partition("cd natfp && ")[2])[1:])
+    assert str(how.out) == "gs://bucket/folder/out"
+    assert (tmp_path / "checkout" / "out" / "studies" / "quickstart" / "report" / "report.md").read_text() == "found"
 
 
 def test_a_tpu_slice_that_is_refused_is_not_asked_for_again(tpu_vm):

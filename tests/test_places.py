@@ -26,6 +26,8 @@ from natfp_jax.corpus import opened, prepare
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.lineage import weight_hash
 from natfp_jax.progress import Progress
+from natfp_jax.share import Share
+from natfp_jax.workspace import Workspace
 from tests import test_texts
 from tests.stores import google
 from tests.test_checkpoint import RECORD, moments, saved, template
@@ -254,6 +256,14 @@ def test_a_flag_that_nobody_renews_is_given_up(folder, quick):
     with lock.alone(folder):
         assert time.monotonic() - begun > flags.GONE
         assert [path.name for path in (folder / lock.LOCK).iterdir() if path.name == "0123.json"] == []
+
+
+def test_a_task_that_was_killed_elsewhere_does_not_keep_the_study_from_who_shares_it_otherwise(folder, quick):
+    study = config.Study("shared", factors=(config.Factor("seeds.init", (0, 1)),))
+    elsewhere(folder / "studies" / "shared" / "tasks" / "0-of-4")(0)
+    for mine in (None, Share(0, 2)):
+        with Workspace(study, folder, Progress(quiet=True), mine).claimed():
+            pass
 
 
 HOLDER = """
