@@ -154,7 +154,7 @@ def by_rows(function: Callable[..., tuple[Any, Any]], mesh: Devices | None, *row
     """`function` of the rows of each device by themselves, as if it had no others: sums, and a value for each row.
 
     A loop in `function` so adds up what is a device's own, and devices add theirs once, after it; of a loop over all rows the
-    compiler makes a sum over devices in every pass.
+    compiler makes a sum over devices in every pass. Until then every device has a whole sum, but for `tensor`.
 
     Args:
       function: maps arrays [B, ...] to what is summed over rows and what is [B, ...].
