@@ -48,7 +48,7 @@ def notes(plan: Plan) -> Iterator[str]:
     if plan.chip.platform == "cpu":
         yield (
             f"Measured just now, of one device: {plan.chip.f32 / 1e9:,.0f} GFLOP/s in float32, {plan.chip.bf16 / 1e9:,.0f} in "
-            f"bfloat16, {plan.chip.bandwidth / 1e9:,.1f} GB/s"
+            f"bfloat16, {plan.chip.bandwidth / 1e9:,.1f} GB/s; less where the machine did other things besides"
         )
 
 
@@ -155,4 +155,4 @@ def _seconds(seconds: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.2f} h" if hours >= 0.1 else f"{3600 * hours:,.1f} s"
+    return f"{hours:,.2f} h" if hours >= 0.1 else _seconds(3600 * hours)

@@ -89,7 +89,7 @@ def training(
         executed=roofline.operations(products),
         sent=tuple(Sent(kind, axes, amount) for (kind, axes), amount in sorted(sent.items())),
         time=time,
-        utilisation=counted / time.seconds / devices.size / chip.bf16,
+        utilisation=counted / time.seconds / devices.size / max(chip.bf16, chip.f32),  # a CPU is quicker in float32
         seconds=len(parts) * experiment.steps * time.seconds,
     )
 
