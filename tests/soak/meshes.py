@@ -156,7 +156,7 @@ def _leaves(tree: dict, path: str = "") -> list[tuple[str, object]]:
 # --- one case ---------------------------------------------------------------------------------------------------------
 
 
-def trained(case: Case, folder: Path, timeout: float = 120) -> dict[str, object]:
+def trained(case: Case, folder: Path, timeout: float = STUCK) -> dict[str, object]:
     """Trains the arm below `folder`/out; what is recorded of it, and the hash of the rows that all devices were fed."""
     study = folder / "study.py"
     folder.mkdir(parents=True, exist_ok=True)
