@@ -81,7 +81,9 @@ class Cluster:
 
     def job(self, job: str) -> Job:
         """How a job stands."""
-        said = self.asked("scontrol", "show", "job", job)
+        # The first job of an array has the array's number, by which SLURM shows all of them.
+        every = re.split(r"^(?=JobId=)", self.asked("scontrol", "show", "job", job), flags=re.MULTILINE)
+        said = next(one for one in every if one.startswith(f"JobId={job} "))
         fields = dict(re.findall(r"(JobState|ExitCode|Restarts)=(\S+)", said))
         return Job(fields["JobState"], int(fields["ExitCode"].split(":")[0]), int(fields["Restarts"]))
 
