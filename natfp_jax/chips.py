@@ -60,7 +60,7 @@ def _gpu(
 # TPUs: cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e, tpu7x (links: half of the two-way bandwidth). JAX sees the cores of v3
 # and tpu7x, and the whole chips of the others. Their memory is what libtpu 0.0.42 says a program can have; of v3 the data
 # sheet's. GPUs: the data sheets of A100 (2021), H100 (2023) and H200 (2024), without sparsity; NVLink one way, or PCIe. Their
-# memory is what CUDA lends, in GiB, which is what the data sheets call GB, less what it keeps.
+# memory is in GiB, which is what the data sheets call GB, less one or two that the driver keeps (not measured).
 CHIPS = (
     _tpu("v3", ("TPU v3",), 123e12, 32, 900e9, 328e9, devices=2),
     _tpu("v4", ("TPU v4",), 275e12, 30.75, 1228e9, 300e9),

@@ -95,7 +95,7 @@ class _Counted:
     def __init__(self, loops: int) -> None:
         self.loops = loops
         self.found: list[Product] = []
-        self.looped = False  # inside of a loop that takes replicas one by one, whose arrays lack their axis
+        self.looped = False  # inside of a loop over replicas, or over a sampler's tokens: no array has the axis of replicas
 
     def walk(self, jaxpr: Jaxpr, rows: list[bool], mesh: dict[str, int], times: int, ways: int) -> list[bool]:
         """What of its outputs holds rows. `mesh`: the axes that are left to the compiler; `ways`: so many do the same."""

@@ -249,7 +249,7 @@ def test_a_draw_in_two_steps_has_the_frequencies_of_the_distribution(blocks):
 
 
 @pytest.mark.parametrize(
-    "strategy", [STRATEGIES[3], *(pytest.param(steps, marks=pytest.mark.slow) for steps in STRATEGIES[:3])]
+    "strategy", [PLAIN, STRATEGIES[3], *(pytest.param(steps, marks=pytest.mark.slow) for steps in STRATEGIES[1:3])]
 )
 def test_tokens_have_the_models_frequencies_at_each_place(strategy):
     tree, prompt = weights(LARGE), [EOS, 5, 260, 17]

@@ -57,13 +57,7 @@ def test_what_has_no_room_is_refused():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the `tpu` extra")
 def test_the_smallest_compiles_for_its_slice_and_fits(tmp_path):
-    command = [
-        sys.executable,
-        "-c",
-        "from natfp_jax.cli import main; main()",
-        "plan",
-        str(STUDY),
-    ]
+    command = [sys.executable, "-c", "from natfp_jax.cli import main; main()", "plan", str(STUDY)]
     command += ["size=70m", "hardware=v5e-16", "--topology", "v5e:4x4", "--json", str(tmp_path / "plan.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
