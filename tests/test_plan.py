@@ -189,9 +189,11 @@ def test_the_verb_plans_for_devices_that_are_not_at_hand_and_reads_no_corpus(tmp
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.py", "plan.json"}, "nothing else is written"
 
 
-def test_a_plan_for_gpus_says_that_it_is_an_estimate(tmp_path):
-    done = natfp("--topology", "h200:2", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_plan_for_gpus_says_that_it_is_an_estimate_and_one_that_does_not_fit_ends_with_1(tmp_path):
+    texts = str(2**27)
+    done = natfp("--topology", "h200:2", f"sampling.batch={texts}", f"sampling.prompts={texts}", folder=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert "give a smaller sampling.batch" in " ".join(done.stdout.split())
     assert "An estimate" in done.stdout
     assert "112 GB usable" in done.stdout, "JAX takes three quarters of 139 GiB"
 
