@@ -55,6 +55,6 @@ for ((try = 0; try <= RESTARTS; try++)); do
     sleep "$PAUSE"
 done
 [ "$code" = 0 ] || exit "$code"
-mkdir -p out
-case $SHARE in gs://*) gcloud storage cp -r "$out/studies" out ;; *) on 0 "cd $out && tar -cz studies/*/report" | tar -xz -C out ;; esac
+mkdir -p out/studies
+case $SHARE in gs://*) gcloud storage rsync --recursive --exclude ".*/(draws|tasks)/.*" "$out/studies" out/studies ;; *) on 0 "cd $out && tar -cz studies/*/report" | tar -xz -C out ;; esac
 [ -n "${KEEP:-}" ] || slice delete --force --quiet

@@ -217,7 +217,7 @@ case "$*" in
         [ "$(wc -l <"$WORK/runs")" -gt 1 ] || { echo SUSPENDED >"$WORK/state"; exit 255; }
         exit "${ENDS:-0}" ;;
     *uv\ pip*) exit "${SETUP:-0}" ;;
-    *storage\ cp*) mkdir -p out && cp -r "$WORK/there/studies" out ;;
+    *storage\ rsync*) cp -r "$WORK/there/studies" out ;;
     *tar\ -cz*) tar -cz -C "$WORK/there" studies ;;
 esac
 """
