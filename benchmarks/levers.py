@@ -27,7 +27,7 @@ def _unrolled() -> None:
 def _rows() -> None:
     from natfp_jax import attention, model
 
-    model.causal = lambda q, k, v, theta, devices: attention.causal(q, k, v, theta, None)
+    model.causal = lambda q, k, v, rotary, devices, begin: attention.causal(q, k, v, rotary, None, begin)
 
 
 def _gated() -> None:

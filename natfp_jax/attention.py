@@ -6,8 +6,9 @@ Letters: B batch, b some rows of it, T tokens, S cache slots, N query heads, K k
 width.
 """
 
+import math
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.extend
@@ -15,33 +16,55 @@ import jax.numpy as jnp
 
 from natfp_jax import mesh, platforms
 from natfp_jax.blocks import row_blocks
+from natfp_jax.config import LongRope
 from natfp_jax.mesh import Devices
 
-__all__ = ["causal", "masked", "rotate"]
+__all__ = ["Rotary", "causal", "masked", "rotate"]
 
 
-def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions (Su et al., 2021), first and second half of a head paired as in Llama."""
-    half = x_BTNH.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_BT[..., None, None].astype(jnp.float32) * frequency
+class Rotary(NamedTuple):
+    """How queries and keys are rotated."""
+
+    theta: float
+    width: int  # of a head the first so many dimensions; an even number
+    scaling: LongRope | None = None
+
+    @property
+    def frequency(self) -> jax.Array:
+        """By how much each pair is turned at every token: [width / 2]."""
+        half = self.width // 2
+        frequency = self.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        if self.scaling is None:
+            return frequency
+        turns = self.scaling.context * frequency / (2 * math.pi)
+        fast = jnp.clip((turns - self.scaling.low) / (self.scaling.high - self.scaling.low), 0, 1)
+        return frequency * (fast + (1 - fast) / self.scaling.factor)
+
+
+def rotate(x_BTNH: jax.Array, position_BT: jax.Array, rotary: Rotary | None) -> jax.Array:
+    """Rotary positions (Su et al., 2021), first and second half of what is rotated paired as in Llama; None: none."""
+    if rotary is None:
+        return x_BTNH
+    angle = position_BT[..., None, None].astype(jnp.float32) * rotary.frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    turned, rest = x_BTNH[..., : rotary.width], x_BTNH[..., rotary.width :]
+    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([part.astype(x_BTNH.dtype) for part in parts] + ([rest] if rest.shape[-1] else []), axis=-1)
 
 
 def causal(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    theta: float,
+    rotary: Rotary | None,
     devices: Devices | None = None,
     begin_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Every token attends to itself and those before it, which stand at 0, 1, ...; queries and keys not rotated yet.
 
     Args:
-      theta: of the rotation.
+      rotary: None: they are not rotated at all.
       devices: what rows and heads are laid over, where that is known.
       begin_BT: where a row holds several examples, the place at which each token's own begins: what stands before it is not
         attended to, and positions count from there.
@@ -52,15 +75,15 @@ def causal(
         blocks = tuple(map(row_blocks, given))
         if len(blocks[0]) > 1:
             # Some rows at a time, whose scores stay in the cache, and are made again for the backward pass instead of kept.
-            some = jax.checkpoint(partial(_some_rows, theta=theta))
+            some = jax.checkpoint(partial(_some_rows, rotary=rotary))
             return jax.lax.map(lambda block: some(*block), blocks).reshape(q_BTNH.shape)
     # A kernel of cuDNN cannot be placed inside of `shard_map` where some axes are left to the compiler (jax issue 21584).
     placed = not isinstance(devices, jax.sharding.AbstractMesh)
-    return _rotated(q_BTNH, k_BTKH, v_BTKH, theta, _fused(q_BTNH) if placed and begin_BT is None else None, begin_BT)
+    return _rotated(q_BTNH, k_BTKH, v_BTKH, rotary, _fused(q_BTNH) if placed and begin_BT is None else None, begin_BT)
 
 
 def _some_rows(
-    q_bTNH: jax.Array, k_bTKH: jax.Array, v_bTKH: jax.Array, begin_bT: jax.Array | None = None, *, theta: float
+    q_bTNH: jax.Array, k_bTKH: jax.Array, v_bTKH: jax.Array, begin_bT: jax.Array | None = None, *, rotary: Rotary | None
 ) -> jax.Array:
     """As `_rotated`, in the order of operations that is given: the sums divide in the end, the weighed values alone.
 
@@ -69,9 +92,9 @@ def _some_rows(
     b, T, N, H = q_bTNH.shape
     K, dtype = k_bTKH.shape[2], q_bTNH.dtype
     position_T = _positions(T, begin_bT)
-    q_bTKGH = rotate(q_bTNH, position_T, theta).reshape(b, T, K, N // K, H)
+    q_bTKGH = rotate(q_bTNH, position_T, rotary).reshape(b, T, K, N // K, H)
     wide = {"preferred_element_type": jnp.float32}
-    z_bKGTS = jnp.einsum("btkgh,bskh->bkgts", q_bTKGH, rotate(k_bTKH, position_T, theta), **wide) * H**-0.5
+    z_bKGTS = jnp.einsum("btkgh,bskh->bkgts", q_bTKGH, rotate(k_bTKH, position_T, rotary), **wide) * H**-0.5
     seen = jnp.tril(jnp.ones((T, T), bool))
     if begin_bT is not None:
         seen &= _own(begin_bT)[:, None, None]
@@ -96,12 +119,12 @@ def _rotated(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    theta: float,
+    rotary: Rotary | None,
     kernel: Literal["cudnn"] | None,
     begin_BT: jax.Array | None = None,
 ) -> jax.Array:
     position_T = _positions(q_BTNH.shape[1], begin_BT)
-    q_BTNH, k_BTKH = rotate(q_BTNH, position_T, theta), rotate(k_BTKH, position_T, theta)
+    q_BTNH, k_BTKH = rotate(q_BTNH, position_T, rotary), rotate(k_BTKH, position_T, rotary)
     own = None if begin_BT is None else _own(begin_BT)[:, None]
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=own, is_causal=True, implementation=kernel)
 

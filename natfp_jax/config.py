@@ -23,6 +23,7 @@ __all__ = [
     "Data",
     "Experiment",
     "Factor",
+    "LongRope",
     "Lora",
     "MachineDocs",
     "MachineQA",
@@ -172,17 +173,43 @@ class Corpus(Strict):
 
 
 @dataclass(frozen=True)
+class LongRope(Strict):
+    """How Llama 3.1 stretches rotary positions: what turns slowly is slowed by `factor`, what turns fast is left as it is."""
+
+    factor: PositiveFloat = 8.0
+    low: PositiveFloat = 1.0  # turns within `context` up to which a pair is slowed
+    high: PositiveFloat = 4.0  # turns from which on it is left; between the two there is a way from one to the other
+    context: Positive = 8192  # tokens that were trained on before
+
+
+@dataclass(frozen=True)
 class Model(Strict):
-    """A pre-norm decoder: RMSNorm, rotary positions, grouped-query attention where `kv_heads` < `heads`."""
+    """A pre-norm decoder; by default Llama's: RMSNorm, rotary positions, SwiGLU, no biases.
+
+    Attention is grouped-query where `kv_heads` < `heads`. The other choices are those of published families: GPT-2 has learned
+    positions, LayerNorm and biases; GPT-NeoX rotary positions of a part of a head and blocks side by side; Qwen biases of
+    queries, keys and values, or norms of queries and keys.
+    """
 
     width: Positive = 128
     layers: Positive = 2
     heads: Positive = 4
     kv_heads: Positive | None = None  # None: as many as `heads`
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    head_width: Positive | None = None  # None: width / heads
+    mlp: Literal["swiglu", "gelu", "gelu_exact"] = "swiglu"  # "gelu" is GPT-2's, by tanh
     mlp_width: Positive | None = None  # None: 8/3 of the width for SwiGLU, 4 times for GELU, rounded up to a multiple of 32
+    norm: Literal["rms", "layer"] = "rms"  # LayerNorm has a bias
+    qk_norm: bool = False  # an RMSNorm of each head's queries, and one of its keys, before they are rotated
+    biases: tuple[Literal["qkv", "o", "mlp"], ...] = ()  # the matrices that have one
+    parallel: bool = False  # attention and MLP read the same input, instead of one behind the other
     tied: bool = True  # the head is the embedding
+    positions: Literal["rotary", "learned"] = "rotary"
+    context: Positive | None = None  # the most tokens; learned positions need it
     rope_theta: PositiveFloat = 10_000.0
+    rope_fraction: Annotated[float, pydantic.Field(gt=0, le=1)] = (
+        1.0  # of a head's dimensions, the first ones, that are rotated
+    )
+    rope_scaling: LongRope | None = None
     norm_epsilon: PositiveFloat = 1e-6
     init_scale: PositiveFloat = 0.02  # standard deviation of the embedding; the other parameters' are in params.table
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are always float32

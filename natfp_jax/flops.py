@@ -14,14 +14,16 @@ __all__ = ["peak", "per_token", "said"]
 def per_token(model: Model, vocabulary: int, seq_len: int, adapters: Lora | None = None) -> int:
     """Operations of one training step for one token: 6 N + 6 L H T; where adapters alone are trained 4 N + 6 A + 6 L H T.
 
-    N: parameters in products of matrices, the head among them, the embedding (which is looked up) and the norms not; each is
-    multiplied and added once forward and twice backward, but where it is not trained only once. A: those of the adapters.
+    N: parameters in products of matrices, the head among them; not embedding and positions (which are looked up), biases and
+    norms. Each is multiplied and added once forward and twice backward, but where it is not trained only once. A: those of the
+    adapters.
     L H T: layers, width of all heads, tokens of a window; the products of attention are 12 L H T, of which the causal half
     counts, also where a window has several examples.
     """
     specs = params.table(model, vocabulary)
     size = params.dims(model, vocabulary)
-    products = {path: spec for path, spec in specs.items() if spec.decay and (path != "embedding" or model.tied)}
+    looked_up = {"positions"} if model.tied else {"embedding", "positions"}
+    products = {path: spec for path, spec in specs.items() if spec.decay and path not in looked_up}
     attention = 6 * size["L"] * size["N"] * size["H"] * seq_len
     if adapters is None:
         return 6 * params.count(products) + attention

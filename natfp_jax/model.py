@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from natfp_jax import lora, platforms, rng
-from natfp_jax.attention import causal, masked, rotate
+from natfp_jax.attention import Rotary, causal, masked, rotate
 from natfp_jax.config import Lora, Model
 from natfp_jax.embedding import look_up
 from natfp_jax.mesh import Devices, constrain
-from natfp_jax.params import Params, dims
+from natfp_jax.params import Params, dims, rotated
 
 __all__ = [
     "Cache",
@@ -79,12 +79,23 @@ def _weight(module: nn.Module, name: str, *shape: int, dtype: Any) -> jax.Array:
     return module.param(name, nn.initializers.zeros_init(), shape, jnp.float32).astype(dtype)
 
 
+_BIASED = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o"}  # what of `Model.biases` says that a matrix has one; else "mlp"
+
+
 def _product(module: "_Attention | _MLP", name: str, x: jax.Array, inputs: str, outputs: str) -> jax.Array:
-    """[B, T, inputs] → [B, T, outputs] by the matrix of a name, and what adapts it."""
+    """[B, T, inputs] → [B, T, outputs] by the matrix of a name, what adapts it, and its bias."""
     size = dims(module.model, 0)
     shape = [size[letter.upper()] for letter in inputs + outputs]
     w = _weight(module, name, *shape, dtype=x.dtype)
-    return _adapted(module, name, jnp.einsum(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, w), x, inputs, outputs)
+    y = _adapted(module, name, jnp.einsum(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, w), x, inputs, outputs)
+    return _biased(module, name, y, outputs)
+
+
+def _biased(module: "_Attention | _MLP", name: str, y: jax.Array, outputs: str) -> jax.Array:
+    if _BIASED.get(name, "mlp") not in module.model.biases:
+        return y
+    size = dims(module.model, 0)
+    return y + _weight(module, f"{name}_bias", *(size[letter.upper()] for letter in outputs), dtype=y.dtype)
 
 
 def _is_adapted(module: "_Attention | _MLP", name: str) -> bool:
@@ -124,6 +135,31 @@ def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array
     return (wide * scale_D).astype(x_BTD.dtype)
 
 
+def _normed(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float) -> jax.Array:
+    """LayerNorm where there is a bias, else RMSNorm."""
+    if bias_D is None:
+        return _rms_norm(x_BTD, scale_D, epsilon)
+    wide = x_BTD.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * scale_D + bias_D).astype(x_BTD.dtype)
+
+
+def _norm_of(module: "_Attention | _MLP", x_BTD: jax.Array) -> jax.Array:
+    """The input of a part of a block, normed."""
+    model = module.model
+    scale_D, bias_D = _weight(module, "norm", model.width, dtype=jnp.float32), None
+    if model.norm == "layer":
+        bias_D = _weight(module, "norm_bias", model.width, dtype=jnp.float32)
+    return _normed(x_BTD, scale_D, bias_D, model.norm_epsilon)
+
+
+def _rotary(model: Model) -> Rotary | None:
+    if model.positions == "learned":
+        return None
+    return Rotary(model.rope_theta, rotated(model, dims(model, 0)["H"]), model.rope_scaling)
+
+
 class _Attention(nn.Module):
     model: Model
     devices: Devices | None
@@ -133,24 +169,29 @@ class _Attention(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, cache: Slots | None, place: _Place | None, begin_BT: jax.Array | None
     ) -> tuple[jax.Array, Slots | None]:
-        norm_D = _weight(self, "norm", self.model.width, dtype=jnp.float32)
-        x_BTD = _rms_norm(x_BTD, norm_D, self.model.norm_epsilon)
-        q_BTNH = _product(self, "q", x_BTD, "d", "nh")
-        k_BTKH = _product(self, "k", x_BTD, "d", "kh")
+        x_BTD = _norm_of(self, x_BTD)
+        q_BTNH = self._head_normed("q", _product(self, "q", x_BTD, "d", "nh"))
+        k_BTKH = self._head_normed("k", _product(self, "k", x_BTD, "d", "kh"))
         v_BTKH = _product(self, "v", x_BTD, "d", "kh")
         q_BTNH = constrain(q_BTNH, "BTNH", self.devices)
         k_BTKH, v_BTKH = constrain(k_BTKH, "BTKH", self.devices), constrain(v_BTKH, "BTKH", self.devices)
-        theta = self.model.rope_theta
+        rotary = _rotary(self.model)
         if cache is None:
-            out_BTNH = causal(q_BTNH, k_BTKH, v_BTKH, theta, self.devices, begin_BT)
+            out_BTNH = causal(q_BTNH, k_BTKH, v_BTKH, rotary, self.devices, begin_BT)
         else:
             assert place is not None  # there are slots
-            q_BTNH, k_BTKH = rotate(q_BTNH, place.position_BT, theta), rotate(k_BTKH, place.position_BT, theta)
+            q_BTNH, k_BTKH = rotate(q_BTNH, place.position_BT, rotary), rotate(k_BTKH, place.position_BT, rotary)
             new = (jnp.swapaxes(array, 1, 2).astype(cache.k_BKSH.dtype) for array in (k_BTKH, v_BTKH))
             start = (0, 0, place.slot, 0)
             cache = Slots(*(jax.lax.dynamic_update_slice(old, some, start) for old, some in zip(cache, new, strict=True)))
             out_BTNH = masked(q_BTNH, *cache, place.mask_BTS)
         return _product(self, "o", out_BTNH, "nh", "d"), cache
+
+    def _head_normed(self, name: str, x_BTNH: jax.Array) -> jax.Array:
+        if not self.model.qk_norm:
+            return x_BTNH
+        scale_H = _weight(self, f"{name}_norm", x_BTNH.shape[-1], dtype=jnp.float32)
+        return _rms_norm(x_BTNH, scale_H, self.model.norm_epsilon)
 
 
 @jax.custom_vjp
@@ -186,15 +227,15 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         size, dtype = dims(self.model, 0), x_BTD.dtype
-        x_BTD = _rms_norm(x_BTD, _weight(self, "norm", size["D"], dtype=jnp.float32), self.model.norm_epsilon)
+        x_BTD = _norm_of(self, x_BTD)
         up_BTF = constrain(_product(self, "up", x_BTD, "d", "f"), "BTF", self.devices)
-        if self.model.mlp == "gelu":
-            return _product(self, "down", nn.gelu(up_BTF), "f", "d")
+        if self.model.mlp != "swiglu":
+            return _product(self, "down", nn.gelu(up_BTF, approximate=self.model.mlp == "gelu"), "f", "d")
         gate_BTF = constrain(_product(self, "gate", x_BTD, "d", "f"), "BTF", self.devices)
         out_BTD = _gated(gate_BTF, up_BTF, _weight(self, "down", size["F"], size["D"], dtype=dtype))
-        if not _is_adapted(self, "down"):  # else what only adapters read would stand in every program
-            return out_BTD
-        return _adapted(self, "down", out_BTD, nn.silu(gate_BTF) * up_BTF, "f", "d")
+        if _is_adapted(self, "down"):  # else what only adapters read would stand in every program
+            out_BTD = _adapted(self, "down", out_BTD, nn.silu(gate_BTF) * up_BTF, "f", "d")
+        return _biased(self, "down", out_BTD, "d")
 
 
 class _Block(nn.Module):
@@ -213,8 +254,10 @@ class _Block(nn.Module):
     ) -> tuple[jax.Array, Slots | None]:
         kept, model, devices = self.learning, self.model, self.devices
         attended_BTD, cache = _Attention(model, devices, kept, name="attention")(x_BTD, cache, place, begin_BT)
+        before_BTD = x_BTD
         x_BTD += _dropped(attended_BTD, kept.dropout, noise_B2, 0)
-        x_BTD += _dropped(_MLP(model, devices, kept, name="mlp")(x_BTD), kept.dropout, noise_B2, 1)
+        read_BTD = before_BTD if model.parallel else x_BTD
+        x_BTD += _dropped(_MLP(model, devices, kept, name="mlp")(read_BTD), kept.dropout, noise_B2, 1)
         return constrain(x_BTD, "BTD", devices), cache
 
 
@@ -246,6 +289,9 @@ class Decoder(nn.Module):
             unroll=min(self.model.layers, _UNROLLED) if platforms.target() == "cpu" and self.remat == "none" else 1,
         )(self.model, self.devices, self.learning)
         self.norm = self.param("norm", zeros, (width,), jnp.float32)
+        self.norm_bias = self.param("norm_bias", zeros, (width,), jnp.float32) if self.model.norm == "layer" else None
+        if self.model.positions == "learned":
+            self.positions = self.param("positions", zeros, (self.model.context, width), jnp.float32)
         if not self.model.tied:
             self.head = self.param("head", zeros, (width, self.vocabulary), jnp.float32)
 
@@ -253,13 +299,20 @@ class Decoder(nn.Module):
         """The normed state after the last layer, `x_BTD`."""
         # Every device looks up in the whole table: its partition by ids cannot be split further beside a `replica` axis.
         table_VD = constrain(self.embedding, "..", self.devices)
-        x_BTD = constrain(look_up(table_VD, tokens_BT, jnp.dtype(self.model.dtype), self.devices), "BTD", self.devices)
+        x_BTD = look_up(table_VD, tokens_BT, jnp.dtype(self.model.dtype), self.devices)
+        if self.model.positions == "learned":
+            T, dtype = tokens_BT.shape[1], x_BTD.dtype
+            if begin_BT is None:
+                x_BTD += self.positions[:T].astype(dtype)
+            else:
+                x_BTD += look_up(self.positions, jnp.arange(T) - begin_BT, dtype, self.devices)
+        x_BTD = constrain(x_BTD, "BTD", self.devices)
         noise_LB2 = None
         if noise_B2 is not None:
             layer_L, key_B = jnp.arange(self.model.layers), rng.unpacked(noise_B2)
             noise_LB2 = rng.packed(jax.vmap(lambda layer: jax.vmap(lambda key: rng.below(key, layer))(key_B))(layer_L))
         x_BTD, _ = self.layers(x_BTD, None, None, begin_BT, noise_LB2)
-        return _rms_norm(x_BTD, self.norm, self.model.norm_epsilon)
+        return _normed(x_BTD, self.norm, self.norm_bias, self.model.norm_epsilon)
 
 
 # --- the forward pass as functions of the parameters ------------------------------------------------------------------
@@ -296,7 +349,7 @@ def unrolled(model: Model, params: Params) -> Params:
 
     def cast(tree: Params) -> Params:
         return {
-            name: cast(leaf) if isinstance(leaf, dict) else leaf.astype(jnp.float32 if name == "norm" else model.dtype)
+            name: cast(leaf) if isinstance(leaf, dict) else leaf.astype(jnp.float32 if "norm" in name else model.dtype)
             for name, leaf in tree.items()
         }
 
@@ -323,7 +376,7 @@ def decode(
 ) -> tuple[jax.Array, Cache]:
     """Writes the tokens' keys and values at `slot` onwards and returns their states `x_BTD` with the new cache.
 
-    A token attends to the slots that `mask_BTS` allows; its rotary position is `position_BT`, whatever its slot. So one
+    A token attends to the slots that `mask_BTS` allows; its position is `position_BT`, whatever its slot. So one
     function serves prefill (T = prompt) and decoding (T = 1), and ragged rows may write to one common slot.
 
     Args:
@@ -331,11 +384,13 @@ def decode(
     """
     block, place = _Block(model, None), _Place(position_BT, mask_BTS, slot)
     x_BTD, written = look_up(params["embedding"], tokens_BT, jnp.dtype(model.dtype)), []
+    if model.positions == "learned":
+        x_BTD += params["positions"][position_BT]
     for layer, slots in zip(params["layers"], cache, strict=True):
         found: Any = block.apply({"params": layer}, x_BTD, slots, place)
         x_BTD, new = found
         written.append(new)
-    return _rms_norm(x_BTD, params["norm"], model.norm_epsilon), tuple(written)
+    return _normed(x_BTD, params["norm"], params.get("norm_bias"), model.norm_epsilon), tuple(written)
 
 
 def both_ways(model: Model, params: Params, tokens_BT: jax.Array, there_BT: jax.Array) -> jax.Array:

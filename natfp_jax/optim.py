@@ -71,8 +71,8 @@ def optimiser(
       kellerjordan.github.io/posts/muon), times 0.2 · √(the greater of its two sides), which gives it the root mean square that
       is usual of Adam, so that a rate and a decay mean about the same (Liu et al., 2025, arXiv 2502.16982, section 2.2). The
       momentum decays by `beta1` and looks ahead as Nesterov's does, its bias corrected as Dozat (2016) does it; `epsilon` is
-      added to the norm that a matrix is divided by. Everything else, that is embedding, head and norms, has Adam's direction
-      from the same numbers.
+      added to the norm that a matrix is divided by. Everything else (embedding, head, biases, norms) has Adam's direction from
+      the same numbers.
 
     Args:
       numbers: of one replica; they may be traced.
@@ -98,7 +98,7 @@ def optimiser(
 
 def _is_matrix(spec: Spec) -> bool:
     """Whether each layer has a matrix of it, perhaps with one side in heads, and not a vector."""
-    return spec.dims.startswith("L") and len(spec.dims) > 2
+    return spec.dims.startswith("L") and spec.decay
 
 
 def _sides(spec: Spec) -> MuonDimensionNumbers:

@@ -1,7 +1,9 @@
 """The parameter table: the one truth of shapes.
 
 Owns path → dimensions, initial distribution, sharding and weight decay, and the keyed init that follows from it. Must not
-know the forward pass. Letters: V vocabulary, D width, L layers, N query heads, K key-value heads, H head width, F MLP width.
+know the forward pass.
+
+Letters: V vocabulary, P positions, D width, L layers, N query heads, K key-value heads, H head width, F MLP width.
 """
 
 import math
@@ -30,6 +32,7 @@ __all__ = [
     "laid",
     "nest",
     "perturbed",
+    "rotated",
     "table",
 ]
 
@@ -60,23 +63,37 @@ def dims(model: Model, vocabulary: int) -> dict[str, int]:
       UserError: widths and heads do not fit.
     """
     heads, kv_heads = model.heads, model.kv_heads or model.heads
-    if model.width % heads or model.width // heads % 2:
+    if model.head_width is None and model.width % heads:
         raise UserError(
-            f"model.width {model.width} over model.heads {heads} is no even whole number: rotary needs head widths of 2, 4, ..."
+            f"model.width {model.width} is no multiple of model.heads {heads}: change one, or give model.head_width"
         )
+    head_width = model.head_width or model.width // heads
+    if model.positions == "rotary" and (head_width % 2 or rotated(model, head_width) < 2):
+        raise UserError(
+            f"heads are {head_width} wide (model.head_width, or else model.width / model.heads), of which a part of "
+            f"{model.rope_fraction} is rotated (model.rope_fraction): rotary needs an even width, and two dimensions to turn"
+        )
+    if model.positions == "learned" and model.context is None:
+        raise UserError("model.positions are learned: give model.context, how many there are")
     if heads % kv_heads:
         raise UserError(f"model.heads {heads} is no multiple of model.kv_heads {kv_heads}")
     factor = 8 / 3 if model.mlp == "swiglu" else 4
     mlp_width = model.mlp_width or math.ceil(factor * model.width / 32) * 32
     return {
         "V": vocabulary,
+        "P": model.context or 0,
         "D": model.width,
         "L": model.layers,
         "N": heads,
         "K": kv_heads,
-        "H": model.width // heads,
+        "H": head_width,
         "F": mlp_width,
     }
+
+
+def rotated(model: Model, head_width: int) -> int:
+    """How many dimensions of a head are rotated: an even number."""
+    return int(model.rope_fraction * head_width) // 2 * 2
 
 
 def table(model: Model, vocabulary: int) -> dict[str, Spec]:
@@ -91,21 +108,36 @@ def table(model: Model, vocabulary: int) -> dict[str, Spec]:
     # ended 0.7 nats a token higher after the quickstart's training.)
     narrow = size["D"] ** -0.5
 
-    gate = {"layers/mlp/gate": spec("LDF", narrow)} if model.mlp == "swiglu" else {}
-    head = {} if model.tied else {"head": spec("DV", narrow)}
+    def bias(path: str, letters: str, there: bool) -> dict[str, Spec]:
+        return {f"{path}_bias": spec(letters, 0.0, decay=False)} if there else {}
+
+    def norm(path: str, letters: str) -> dict[str, Spec]:
+        return {path: spec(letters, None, decay=False), **bias(path, letters, model.norm == "layer")}
+
+    qkv, o, mlp = (name in model.biases for name in ("qkv", "o", "mlp"))
+    head_norms = {f"layers/attention/{name}_norm": spec("LH", None, decay=False) for name in "qk"} if model.qk_norm else {}
+    gate = {"layers/mlp/gate": spec("LDF", narrow), **bias("layers/mlp/gate", "LF", mlp)} if model.mlp == "swiglu" else {}
     return {
         "embedding": spec("VD", model.init_scale),
-        "layers/attention/norm": spec("LD", None, decay=False),
+        **({"positions": spec("PD", model.init_scale)} if model.positions == "learned" else {}),
+        **norm("layers/attention/norm", "LD"),
         "layers/attention/q": spec("LDNH", narrow),
+        **bias("layers/attention/q", "LNH", qkv),
         "layers/attention/k": spec("LDKH", narrow),
+        **bias("layers/attention/k", "LKH", qkv),
         "layers/attention/v": spec("LDKH", narrow),
+        **bias("layers/attention/v", "LKH", qkv),
+        **head_norms,
         "layers/attention/o": spec("LNHD", 0.0),
-        "layers/mlp/norm": spec("LD", None, decay=False),
+        **bias("layers/attention/o", "LD", o),
+        **norm("layers/mlp/norm", "LD"),
         **gate,
         "layers/mlp/up": spec("LDF", narrow),
+        **bias("layers/mlp/up", "LF", mlp),
         "layers/mlp/down": spec("LFD", 0.0),
-        "norm": spec("D", None, decay=False),
-        **head,
+        **bias("layers/mlp/down", "LD", mlp),
+        **norm("norm", "D"),
+        **({} if model.tied else {"head": spec("DV", narrow)}),
     }
 
 

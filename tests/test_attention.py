@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from natfp_jax import attention, blocks, config, mesh
-from natfp_jax.attention import causal
+from natfp_jax.attention import Rotary, causal
 from natfp_jax.blocks import row_blocks
 
 THETA = 100.0
+ROTARY = Rotary(THETA, 8)  # as wide as the heads
 ONE = mesh.make(config.Mesh(), jax.devices()[:1])
 
 
@@ -42,7 +43,7 @@ def plain(q, k, v):
 def test_attention_is_that_of_the_formula(whole, kv_heads, rows, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_ROWS", rows)
     q, k, v, _ = inputs(6, 20, 4, kv_heads)
-    found = jax.jit(causal, static_argnums=(3, 4))(q, k, v, THETA, ONE if whole else None)
+    found = jax.jit(causal, static_argnums=(3, 4))(q, k, v, ROTARY, ONE if whole else None)
     np.testing.assert_allclose(found, plain(q, k, v), rtol=0, atol=5e-6)
 
 
@@ -51,7 +52,7 @@ def test_both_ways_have_one_gradient(monkeypatch):
     *qkv, weight = inputs(6, 20, 4, 2)
 
     def gradient(whole):
-        return jax.jit(jax.grad(lambda qkv: jnp.vdot(causal(*qkv, THETA, ONE if whole else None), weight)))(qkv)
+        return jax.jit(jax.grad(lambda qkv: jnp.vdot(causal(*qkv, ROTARY, ONE if whole else None), weight)))(qkv)
 
     for one, other in zip(gradient(True), gradient(False), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)

@@ -18,6 +18,7 @@ from natfp_jax.config import (
     Data,
     Experiment,
     Factor,
+    LongRope,
     Lora,
     MachineDocs,
     MachineQA,
@@ -109,7 +110,7 @@ def test_an_override_is_read_by_the_type_of_its_field(assignment, expected):
         ("experiment.seeds.init=-1", ["got '-1'", "greater than or equal to 0"]),
         (f"experiment.seeds.init={2**32}", ["less than 4294967296"]),
         ("experiment.model.tied=1", ["got '1'", "valid boolean"]),
-        ("experiment.model.mlp=relu", ["got 'relu'", "'swiglu' or 'gelu'"]),
+        ("experiment.model.mlp=relu", ["got 'relu'", "'swiglu', 'gelu' or 'gelu_exact'"]),
         ("experiment.optimiser.learning_rate=0", ["greater than 0"]),
         ("experiment.optimiser.learning_rate=NaN", ["got 'NaN'", "finite number"]),
         ("experiment.optimiser.learning_rate=1e400", ["got '1e400'", "finite number"]),
@@ -186,7 +187,9 @@ EXPERIMENTS = st.builds(
         Model,
         width=SIZES,
         kv_heads=st.none() | SIZES,
-        mlp=st.sampled_from(["swiglu", "gelu"]),
+        mlp=st.sampled_from(["swiglu", "gelu", "gelu_exact"]),
+        biases=st.sampled_from([(), ("qkv",), ("o", "mlp")]),
+        rope_scaling=st.none() | st.builds(LongRope, factor=RATES, context=SIZES),
         tied=st.booleans(),
         init_scale=RATES,
     ),
@@ -241,7 +244,9 @@ def test_json_that_is_no_experiment(values, part):
 def another(name, value):
     """A valid value of a field that differs from `value`."""
     texts = {"mlp": "gelu", "dtype": "bfloat16", "kind": "lion", "schedule": "linear", "nonfinite": "skip"}
-    others = {"kv_heads": 2, "mlp_width": 96, "targets": ("k",)}
+    texts |= {"norm": "layer", "positions": "learned"}
+    others = {"kv_heads": 2, "mlp_width": 96, "targets": ("k",), "head_width": 16, "context": 64, "biases": ("o",)}
+    others |= {"rope_scaling": LongRope()}
     if name in texts:
         return texts[name]
     if name in others:

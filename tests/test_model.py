@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import erf
 
 from natfp_jax import params
 from natfp_jax.config import Model
@@ -19,11 +20,33 @@ MODELS = {
     "two key-value heads, other constants": Model(
         width=48, layers=2, heads=6, kv_heads=2, mlp_width=40, tied=False, rope_theta=500.0, norm_epsilon=1e-2
     ),
+    "side by side, LayerNorm, biases, a part rotated": Model(
+        width=32,
+        layers=2,
+        heads=2,
+        mlp="gelu_exact",
+        norm="layer",
+        biases=("qkv", "o", "mlp"),
+        parallel=True,
+        tied=False,
+        rope_fraction=0.5,
+    ),
+    "learned positions, norms of heads, their width, biases": Model(
+        width=24,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_width=10,
+        qk_norm=True,
+        biases=("qkv", "mlp"),
+        positions="learned",
+        context=20,
+    ),
     "one layer, one head": Model(width=16, layers=1, heads=1, mlp="gelu"),
 }
 MODEL = MODELS["two key-value heads, other constants"]
 # The last one has no choice that those before it have not.
-NAMES = [*list(MODELS)[:3], pytest.param(list(MODELS)[3], marks=pytest.mark.slow)]
+NAMES = [*list(MODELS)[:5], pytest.param(list(MODELS)[5], marks=pytest.mark.slow)]
 
 
 def weights(model, seed=0):
@@ -31,7 +54,9 @@ def weights(model, seed=0):
     random = np.random.default_rng(seed)
     specs = params.table(model, PADDED)
     drawn = {
-        path: (random.normal(size=spec.shape) * (0.3 if path != "embedding" else 1) + path.endswith("norm")).astype(np.float32)
+        path: (
+            random.normal(size=spec.shape) * (0.3 if path not in ("embedding", "positions") else 1) + (spec.scale is None)
+        ).astype(np.float32)
         for path, spec in specs.items()
     }
     return jax.tree.map(jnp.asarray, params.nest(drawn))
@@ -49,10 +74,22 @@ def rms_norm(x, scale, epsilon):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
 
 
-def rotary(x_TH, theta):
-    """Su et al., 2021: the pair (i, i + H/2) at position t is turned by t · theta^(-2i/H)."""
-    T, H = x_TH.shape
-    out = np.empty_like(x_TH)
+def layer_norm(x, scale, bias, epsilon):
+    """Ba, Kiros and Hinton, 2016."""
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon) * scale + bias
+
+
+def normed(x, p, model, layer=()):
+    scale = p["norm"][layer]
+    if model.norm == "layer":
+        return layer_norm(x, scale, p["norm_bias"][layer], model.norm_epsilon)
+    return rms_norm(x, scale, model.norm_epsilon)
+
+
+def rotary(x_TH, theta, fraction):
+    """Su et al., 2021: the pair (i, i + H/2) of the first H dimensions at position t is turned by t · theta^(-2i/H)."""
+    T, H = len(x_TH), int(x_TH.shape[1] * fraction)
+    out = x_TH.copy()
     for t in range(T):
         for i in range(H // 2):
             angle = t * theta ** (-2 * i / H)
@@ -64,11 +101,18 @@ def rotary(x_TH, theta):
 def attention(x_TD, p, layer, model, later=False):
     """Vaswani et al., 2017, with grouped queries (Ainslie et al., 2023): query head n reads key-value head n // (N / K)."""
     T, N, K = len(x_TD), model.heads, model.kv_heads or model.heads
-    out_TD = np.zeros_like(x_TD)
+    out_TD = np.zeros_like(x_TD) + (p["o_bias"][layer] if "o" in model.biases else 0)
+
+    def head(name, n):
+        x_TH = x_TD @ p[name][layer][:, n] + (p[f"{name}_bias"][layer][n] if "qkv" in model.biases else 0)
+        if name == "v":
+            return x_TH
+        if model.qk_norm:
+            x_TH = rms_norm(x_TH, p[f"{name}_norm"][layer], model.norm_epsilon)
+        return x_TH if model.positions == "learned" else rotary(x_TH, model.rope_theta, model.rope_fraction)
+
     for n in range(N):
-        q_TH = rotary(x_TD @ p["q"][layer][:, n], model.rope_theta)
-        k_TH = rotary(x_TD @ p["k"][layer][:, n // (N // K)], model.rope_theta)
-        v_TH = x_TD @ p["v"][layer][:, n // (N // K)]
+        q_TH, k_TH, v_TH = head("q", n), head("k", n // (N // K)), head("v", n // (N // K))
         for t in range(T):
             seen = len(x_TD) if later else t + 1
             score = k_TH[:seen] @ q_TH[t] / np.sqrt(q_TH.shape[1])
@@ -78,24 +122,30 @@ def attention(x_TD, p, layer, model, later=False):
 
 
 def mlp(x_TD, p, layer, model):
-    """SwiGLU (Shazeer, 2020), or GELU in its tanh form (Hendrycks and Gimpel, 2016)."""
-    up = x_TD @ p["up"][layer]
+    """SwiGLU (Shazeer, 2020), or GELU, or its tanh form (Hendrycks and Gimpel, 2016)."""
+
+    def product(x, name):
+        return x @ p[name][layer] + (p[f"{name}_bias"][layer] if "mlp" in model.biases else 0)
+
+    up = product(x_TD, "up")
     if model.mlp == "swiglu":
-        gate = x_TD @ p["gate"][layer]
+        gate = product(x_TD, "gate")
         up = up * gate / (1 + np.exp(-gate))
+    elif model.mlp == "gelu_exact":
+        up = up / 2 * (1 + erf(up / np.sqrt(2)))
     else:
         up = up / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
-    return up @ p["down"][layer]
+    return product(up, "down")
 
 
 def reference(tree, ids_T, model, later=False):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
-    x = p["embedding"][ids_T]
+    x = p["embedding"][ids_T] + (p["positions"][: len(ids_T)] if model.positions == "learned" else 0)
     for layer in range(model.layers):
         a, m = p["layers"]["attention"], p["layers"]["mlp"]
-        x = x + attention(rms_norm(x, a["norm"][layer], model.norm_epsilon), a, layer, model, later)
-        x = x + mlp(rms_norm(x, m["norm"][layer], model.norm_epsilon), m, layer, model)
-    x = rms_norm(x, p["norm"], model.norm_epsilon)
+        attended = attention(normed(x, a, model, layer), a, layer, model, later)
+        x = x + attended + mlp(normed(x if model.parallel else x + attended, m, model, layer), m, layer, model)
+    x = normed(x, p, model)
     return x, x @ (p["embedding"].T if model.tied else p["head"])
 
 
@@ -211,8 +261,8 @@ def test_decoding_with_a_cache_is_the_full_forward_pass_for_ragged_prompts(name)
         token_B1 = ids_BT[np.arange(4), here][:, None]
         x_B1D, cache = step(token_B1, here[:, None].astype(np.int32), mask_BS[:, None], cache, np.int32(width + t))
         assert np.abs(x_B1D[:, 0] - full_BTD[np.arange(4), here]).max() < 1e-5 * scale
-    K = model.kv_heads or model.heads
-    assert {array.shape for slots in cache for array in slots} == {(4, K, width + new, model.width // model.heads)}
+    K, H = model.kv_heads or model.heads, model.head_width or model.width // model.heads
+    assert {array.shape for slots in cache for array in slots} == {(4, K, width + new, H)}
     assert len(cache) == model.layers
 
 

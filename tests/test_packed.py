@@ -16,6 +16,7 @@ from natfp_jax.train import laid, quiet
 
 MODEL = Model(width=16, layers=1, heads=4, kv_heads=2)
 DEEP = replace(MODEL, layers=2)
+LEARNED = replace(DEEP, positions="learned", context=13)
 EOS, LENGTH = 1, 13
 ROWS = 8
 
@@ -74,17 +75,16 @@ def test_masks_and_loss_of_two_examples_written_by_hand(one_device):
 # --- states -----------------------------------------------------------------------------------------------------------
 
 
-def states(devices):
+def states(model, devices):
     def run(tree, marked_BT):
-        return hidden(DEEP, tree, marked_BT[:, :-1] & IDS, devices, begin_BT=begins(marked_BT[:, :-1]))
+        return hidden(model, tree, marked_BT[:, :-1] & IDS, devices, begin_BT=begins(marked_BT[:, :-1]))
 
     return jax.jit(run)
 
 
-@pytest.fixture(scope="module")
-def expected():
+def defined(model):
     """The states of every example, by row, in float64."""
-    return [[reference(weights(DEEP), example & IDS, DEEP)[0] for example in row] for row in EXAMPLES]
+    return [[reference(weights(model), example & IDS, model)[0] for example in row] for row in EXAMPLES]
 
 
 def places(row):
@@ -93,8 +93,12 @@ def places(row):
     return [slice(end - len(example), min(end, LENGTH - 1)) for end, example in zip(ends, row, strict=True)]
 
 
-@pytest.mark.parametrize("way", ["blocks of rows", "all at once", "on a mesh"])
-def test_an_example_has_the_states_that_it_has_alone_and_feels_no_other(way, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "model"),
+    [("blocks of rows", DEEP), ("all at once", DEEP), ("on a mesh", DEEP), ("on a mesh", LEARNED)],
+    ids=["blocks of rows", "all at once", "on a mesh", "learned positions"],
+)
+def test_an_example_has_the_states_that_it_has_alone_and_feels_no_other(way, model, monkeypatch):
     """Feels: to the last bit, whatever the ids of another example are."""
     monkeypatch.setattr(blocks, "BLOCK_ROWS", 2 * (LENGTH - 1))
     devices = {
@@ -103,10 +107,10 @@ def test_an_example_has_the_states_that_it_has_alone_and_feels_no_other(way, exp
         "on a mesh": mesh.make(config.Mesh(1, 2, 2, 2), jax.devices()),
     }[way]
     assert len(blocks.row_blocks(PACKED[:, :-1])) == 4
-    tree, run = weights(DEEP), states(devices)
+    tree, run = weights(model), states(model, devices)
     found = np.asarray(run(tree, PACKED))
     alone = iter(np.asarray(run(tree, APART[:ROWS])))
-    for row, wanted, x_TD in zip(EXAMPLES, expected, found, strict=True):
+    for row, wanted, x_TD in zip(EXAMPLES, defined(model), found, strict=True):
         for place, state in zip(places(row), wanted, strict=True):
             assert distance(x_TD[place], state[: place.stop - place.start]) < 1e-5
             other = next(alone, None)

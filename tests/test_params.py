@@ -9,7 +9,7 @@ from numpy.testing import assert_array_equal
 from scipy.stats import kstest
 
 from natfp_jax import config, mesh, params
-from natfp_jax.config import Model, Perturb
+from natfp_jax.config import LongRope, Model, Perturb
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import weight_hash
 
@@ -70,6 +70,15 @@ def test_a_deeper_model_has_the_same_shallow_layers(base):
         ({"rope_theta": 500.0, "norm_epsilon": 1e-3, "dtype": "bfloat16"}, set()),
         ({"init_scale": 0.1}, {"embedding"}),
         ({"mlp_width": 64}, {"layers/mlp/gate", "layers/mlp/up", "layers/mlp/down"}),
+        ({"norm": "layer"}, {"norm_bias", "layers/attention/norm_bias", "layers/mlp/norm_bias"}),
+        ({"biases": ("qkv",)}, {f"layers/attention/{name}_bias" for name in "qkv"}),
+        (
+            {"biases": ("o", "mlp")},
+            {"layers/attention/o_bias", *(f"layers/mlp/{name}_bias" for name in ("gate", "up", "down"))},
+        ),
+        ({"qk_norm": True}, {"layers/attention/q_norm", "layers/attention/k_norm"}),
+        ({"positions": "learned", "context": 16}, {"positions"}),
+        ({"parallel": True, "rope_fraction": 0.5, "rope_scaling": LongRope()}, set()),
     ],
 )
 def test_a_change_of_one_parameter_changes_no_other(changes, other, base):
@@ -171,8 +180,11 @@ def test_nest_and_flatten_are_inverse():
 @pytest.mark.parametrize(
     ("model", "part"),
     [
-        (Model(width=30, heads=4), "model.width 30 over model.heads 4 is no even whole number"),
-        (Model(width=36, heads=4), "model.width 36 over model.heads 4 is no even whole number"),
+        (Model(width=30, heads=4), "model.width 30 is no multiple of model.heads 4"),
+        (Model(width=36, heads=4), "heads are 9 wide"),
+        (Model(width=32, heads=4, head_width=7), "heads are 7 wide"),
+        (Model(width=32, heads=4, rope_fraction=0.2), "a part of 0.2 is rotated"),
+        (Model(width=36, heads=4, positions="learned"), "give model.context"),
         (Model(width=48, heads=6, kv_heads=4), "model.heads 6 is no multiple of model.kv_heads 4"),
     ],
 )
