@@ -1,38 +1,149 @@
-"""The decoder as Hugging Face's transformers know it: a folder of a Llama model.
+"""Our decoder as Hugging Face's transformers know it: published models become ours, and ours a folder of a Llama model.
 
-Owns how our parameters and our tokenizer are called there, how they lie, and what the folder says of them. Must not know runs,
-arms or studies, and needs neither transformers nor PyTorch.
+Owns the way of values between the two, and what an exported folder says of itself. Must not know runs, arms or studies, and
+needs neither transformers nor PyTorch.
 
-The architecture is Llama's, with its pairs of rotary dimensions, so that weights are renamed and transposed and nothing else.
+Weights are renamed, cut apart and transposed, and nothing else.
 """
 
 import json
 import os
 import shutil
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from natfp_jax import files
+from natfp_jax import config, families, files
 from natfp_jax.config import Model
 from natfp_jax.errors import UserError
-from natfp_jax.params import Params, dims, flatten
+from natfp_jax.families import LLAMA, Decoder, Family, Lies
+from natfp_jax.params import Params, Spec, dims, flatten, nest, table
+from natfp_jax.published import Published
 from natfp_jax.tokenizer import EOS, Tokenizer
 
-__all__ = ["export"]
+__all__ = ["Imported", "export", "imported"]
 
-_LAYER = {  # of a layer: our path → their name
-    "attention/norm": "input_layernorm",
-    "attention/q": "self_attn.q_proj",
-    "attention/k": "self_attn.k_proj",
-    "attention/v": "self_attn.v_proj",
-    "attention/o": "self_attn.o_proj",
-    "mlp/norm": "post_attention_layernorm",
-    "mlp/gate": "mlp.gate_proj",
-    "mlp/up": "mlp.up_proj",
-    "mlp/down": "mlp.down_proj",
-}
+_PRUNED = 8  # names of tensors that are told of
+
+
+# --- import -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A published model whose folder has all that our decoder needs; no weights have been read."""
+
+    source: Published
+    family: Family
+    decoder: Decoder
+
+    @property
+    def model(self) -> Model:
+        """Its shape."""
+        return self.decoder.model
+
+    def params(self, padded: int, shardings: Params | None = None) -> Params:
+        """Its parameters, float32, where they are to lie: a process reads no more of a file than its devices are given.
+
+        Args:
+          padded: rows of the embedding. Those that it has not are zero; those that it has beyond them are left out.
+
+        Raises:
+          UserError: a number is not finite.
+        """
+        wanted = {} if shardings is None else flatten(shardings)
+
+        def leaf(path: str, spec: Spec) -> jax.Array:
+            part = partial(self._part, path, spec)
+            if shardings is None:
+                return jnp.asarray(part(tuple(slice(0, length) for length in spec.shape)))
+            return jax.make_array_from_callback(spec.shape, wanted[path], part)
+
+        return nest({path: leaf(path, spec) for path, spec in table(self.model, padded).items()})
+
+    @cached_property
+    def _lies(self) -> dict[str, Lies]:
+        return {path: self._called(lies) for path, lies in self.family.named(self.model).items()}
+
+    def _called(self, lies: Lies) -> Lies:
+        """As it is called in this folder: what was saved without its head has no prefix."""
+        short = lies.name.removeprefix(self.family.prefix)
+        bare = lies.name.format(0) not in self.source.tensors and short.format(0) in self.source.tensors
+        return Lies(short, lies.axes, lies.part) if bare else lies
+
+    @cached_property
+    def _size(self) -> dict[str, int]:
+        return dims(self.model, self.decoder.vocabulary)
+
+    def _part(self, path: str, spec: Spec, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of one of our parameters."""
+        lies, ranges = self._lies[path], [range(*cut.indices(length)) for cut, length in zip(index, spec.shape, strict=True)]
+        if not spec.dims.startswith("L"):
+            return self._of(lies, lies.name, spec.dims, ranges)
+        return np.stack([self._of(lies, lies.name.format(layer), spec.dims[1:], ranges[1:]) for layer in ranges[0]])
+
+    def _of(self, lies: Lies, name: str, letters: str, ranges: list[range]) -> np.ndarray:
+        """A part of one tensor, with our axes `letters`: of their rows and columns what it lies in, and of that what it is."""
+        size = self._size
+        # Rows of the embedding that it has not: they are padding, and zero.
+        most = [size[letter] for letter in letters]
+        there = [range(min(one.start, length), min(one.stop, length)) for one, length in zip(ranges, most, strict=True)]
+        cuts = {letter: one for letter, one in zip(letters, there, strict=True) if len(one) < size[letter]}
+        local, read, rest = dict(size), list[slice](), dict(cuts)
+        for group, whole in zip(lies.axes.split(), lies.shape(size), strict=True):
+            if [letter for letter in group if letter in cuts] == [group[0]]:  # the outermost alone: its rows lie together
+                one, each = rest.pop(group[0]), whole // size[group[0]]
+                read.append(slice(one.start * each, one.stop * each))
+                local[group[0]] = len(one)
+            else:
+                read.append(slice(0, whole))
+        value = lies.ours(self.source.read(name, *read), letters, local)
+        for axis, letter in enumerate(letters):
+            if letter in rest:
+                value = value.take(rest[letter], axis=axis)
+        return np.pad(value, [(0, len(one) - len(has)) for one, has in zip(ranges, there, strict=True)])
+
+
+def imported(source: Published) -> Imported:
+    """Checks a folder: that it is of a family that our decoder can be, and has every tensor, each of its shape, and no other.
+
+    Raises:
+      UserError: it is not so.
+    """
+    try:
+        family, decoder = families.decoder(source.config)
+    except UserError as error:
+        raise UserError(f"{source.folder / 'config.json'}: {error}") from None
+    found = Imported(source, family, decoder)
+    size, known = dims(decoder.model, decoder.vocabulary), set[str]()
+    for path, spec in table(decoder.model, decoder.vocabulary).items():
+        lies = found._lies[path]
+        for layer in range(decoder.model.layers if spec.dims.startswith("L") else 1):
+            name = lies.name.format(layer)
+            tensor = source.tensor(name)
+            known.add(name)
+            if tensor.shape != lies.shape(size):
+                raise UserError(
+                    f"{tensor.file}: {name} has the shape {list(tensor.shape)}, expected {list(lies.shape(size))} by its "
+                    "config.json: get both again"
+                )
+    idle = {families.LLAMA.parameters["head"].name} if decoder.model.tied else set()  # tied, it is the embedding again
+    others = [name for name in sorted(source.tensors) if name not in known | idle and not family.idle.fullmatch(name)]
+    if others:
+        more = f" and {len(others) - _PRUNED} more" if len(others) > _PRUNED else ""
+        raise UserError(
+            f"{source.folder} has tensors that a {source.config['model_type']} of its config.json has not: "
+            f"{', '.join(others[:_PRUNED])}{more}: the model is another one, and would be computed wrongly"
+        )
+    return found
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
 
 
 def export(params: Params, model: Model, tokenizer: Tokenizer, context: int, folder: Path, end: int | None = None) -> None:
@@ -52,10 +163,8 @@ def export(params: Params, model: Model, tokenizer: Tokenizer, context: int, fol
       UserError: transformers have no such architecture, the folder is not empty, or safetensors is not installed.
       ValueError: the tokenizer is not the one of these parameters.
     """
-    if model.mlp != "swiglu":
-        raise UserError(
-            f'model.mlp {model.mlp!r} is not known to transformers\' Llama, which has "swiglu": export another model'
-        )
+    if strange := _not_llama(model):
+        raise UserError(f"{strange} is not known to transformers' Llama: export another model")
     try:
         from safetensors.numpy import save_file
     except ImportError:
@@ -81,7 +190,7 @@ def export(params: Params, model: Model, tokenizer: Tokenizer, context: int, fol
             with files.whole_file(hidden / name, "w", encoding="utf-8") as file:
                 file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         # transformers 4 read no file that does not name a framework, and know no name for NumPy.
-        save_file(_tensors(params, tokenizer.size), weights, metadata={"format": "pt"})
+        save_file(_tensors(params, model, tokenizer.size), weights, metadata={"format": "pt"})
         shutil.copymode(hidden / "config.json", weights)  # safetensors lets nobody but the owner read it
         with open(weights, "rb+") as written:
             os.fsync(written.fileno())
@@ -91,20 +200,30 @@ def export(params: Params, model: Model, tokenizer: Tokenizer, context: int, fol
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _tensors(params: Params, vocabulary: int) -> dict[str, np.ndarray]:
-    """Their name → array; a matrix is [out, in]. Contiguous, since safetensors writes memory as it lies."""
-    ours = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
-    found = {"model.embed_tokens.weight": ours["embedding"][:vocabulary], "model.norm.weight": ours["norm"]}
-    if "head" in ours:
-        found["lm_head.weight"] = ours["head"][:, :vocabulary].T
-    for path, name in _LAYER.items():
-        for layer, value in enumerate(ours[f"layers/{path}"]):
-            if path == "attention/o":  # [N, H, D]
-                value = value.reshape(-1, value.shape[-1])
-            if value.ndim > 1:  # all others have what goes in first
-                value = value.reshape(len(value), -1).T
-            found[f"model.layers.{layer}.{name}.weight"] = value
-    return {name: np.ascontiguousarray(value) for name, value in found.items()}
+def _tensors(params: Params, model: Model, vocabulary: int) -> dict[str, np.ndarray]:
+    """Their name → array."""
+    found = dict[str, np.ndarray]()
+    for path, spec in table(model, vocabulary).items():
+        lies, value = LLAMA.parameters[path], np.asarray(flatten(params)[path], np.float32)
+        if "V" in spec.dims:
+            value = value.take(range(vocabulary), axis=spec.dims.index("V"))
+        layers = value if spec.dims.startswith("L") else [value]
+        found |= {lies.name.format(layer): lies.theirs(one, spec.dims.removeprefix("L")) for layer, one in enumerate(layers)}
+    return found
+
+
+def _not_llama(model: Model) -> str | None:
+    """A setting that Llama does not have."""
+    shape = {"width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "tied", "context"}
+    numbers = {"rope_theta", "rope_scaling", "norm_epsilon", "init_scale", "dtype"}
+    biases = Model(biases=model.biases) if model.biases in _BIASES else Model()
+    for name, value in vars(model).items():
+        if name not in shape | numbers and value != getattr(biases, name):
+            return f"model.{name} {value!r}"
+    return None
+
+
+_BIASES = ((), ("qkv", "o"), ("mlp",), ("qkv", "o", "mlp"))  # that it can have
 
 
 def _config(model: Model, tokenizer: Tokenizer, context: int, end: int) -> dict[str, Any]:
@@ -124,11 +243,22 @@ def _config(model: Model, tokenizer: Tokenizer, context: int, end: int) -> dict[
         "rope_theta": model.rope_theta,
         "rms_norm_eps": model.norm_epsilon,
         "tie_word_embeddings": model.tied,
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": "qkv" in model.biases,
+        "mlp_bias": "mlp" in model.biases,
+        **({} if model.rope_scaling is None else {"rope_scaling": _scaling(model.rope_scaling)}),
         "bos_token_id": tokenizer.eos_id,
         "eos_token_id": end,
         "torch_dtype": "float32",  # the name that every version reads
+    }
+
+
+def _scaling(given: config.LongRope) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": given.factor,
+        "low_freq_factor": given.low,
+        "high_freq_factor": given.high,
+        "original_max_position_embeddings": given.context,
     }
 
 

@@ -5,7 +5,6 @@ import json
 import stat
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,19 +12,20 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from natfp_jax import files, params
-from natfp_jax.config import Model
+from natfp_jax.config import LongRope, Model
 from natfp_jax.errors import UserError
-from natfp_jax.hf import export
-from natfp_jax.model import head, hidden, logits
-from natfp_jax.sample import draw_key, programs_of
-from natfp_jax.strategy import Greedy
+from natfp_jax.hf import export, imported
+from natfp_jax.published import opened
 from natfp_jax.tokenizer import EOS, Tokenizer
-from natfp_jax.turns import draw
+from tests.references import greedy, llama, ours
 
 # Every number differs from what Llama's configuration has by default, so that one left out is found.
 GROUPED = Model(width=48, layers=3, heads=6, kv_heads=2, mlp_width=80, tied=False, rope_theta=300.0, norm_epsilon=1e-3)
 TIED = Model(width=32, layers=2, heads=2, tied=True, rope_theta=50.0, norm_epsilon=1e-2)
-MODELS = {"untied, grouped heads": GROUPED, "tied": TIED}
+STRETCHED = Model(
+    width=32, layers=2, heads=2, head_width=12, biases=("qkv", "o", "mlp"), rope_scaling=LongRope(4.0, 1.0, 3.0, 24)
+)
+MODELS = {"untied, grouped heads": GROUPED, "tied": TIED, "stretched, with biases and a head width": STRETCHED}
 CONTEXT = 64
 TEXTS = [
     "the quick brown fox , isn 't it ?",
@@ -56,70 +56,6 @@ def weights(model, tokenizer, seed=0):
             for path, spec in specs.items()
         }
     )
-
-
-def llama(folder, ids):
-    """The logits [T, V] of one text, in float64, by what Llama is: https://arxiv.org/abs/2302.13971 and its config.json."""
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    assert (config["model_type"], config["architectures"], config["hidden_act"]) == ("llama", ["LlamaForCausalLM"], "silu")
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    width, count = config["head_dim"], len(ids)
-
-    def weight(name):
-        return tensors.pop(name).astype(np.float64)  # once each, so that none may be left over
-
-    def norm(x, name):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"]) * weight(name)
-
-    def linear(x, name):
-        return x @ weight(f"{name}.weight").T
-
-    angle = np.arange(count)[:, None] / config["rope_theta"] ** (np.arange(0, width, 2) / width)
-    cos, sin = (np.concatenate([f(angle)] * 2, axis=-1)[:, None] for f in (np.cos, np.sin))
-
-    def rotated(x):
-        half = np.concatenate([-x[..., width // 2 :], x[..., : width // 2]], axis=-1)
-        return x * cos + half * sin
-
-    table = weight("model.embed_tokens.weight")
-    assert table.shape == (config["vocab_size"], config["hidden_size"])
-    x = table[ids]
-    for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
-        inner = norm(x, f"{at}.input_layernorm.weight")
-        q, k, v = (linear(inner, f"{at}.self_attn.{name}_proj").reshape(count, -1, width) for name in "qkv")
-        assert (q.shape[1], k.shape[1], v.shape[1]) == (heads, groups, groups)
-        q, k = rotated(q), rotated(k)
-        out = []
-        for number in range(heads):
-            group = number // (heads // groups)
-            score = q[:, number] @ k[:, group].T / np.sqrt(width)
-            score[np.triu_indices(count, 1)] = -np.inf
-            part = np.exp(score - score.max(-1, keepdims=True))
-            out.append(part / part.sum(-1, keepdims=True) @ v[:, group])
-        x = x + linear(np.concatenate(out, axis=-1), f"{at}.self_attn.o_proj")
-        inner = norm(x, f"{at}.post_attention_layernorm.weight")
-        gate = linear(inner, f"{at}.mlp.gate_proj")
-        assert gate.shape[1] == config["intermediate_size"]
-        x = x + linear(gate / (1 + np.exp(-gate)) * linear(inner, f"{at}.mlp.up_proj"), f"{at}.mlp.down_proj")
-    x = norm(x, "model.norm.weight")
-    found = x @ table.T if config["tie_word_embeddings"] else linear(x, "lm_head")
-    assert not tensors
-    return found
-
-
-def ours(model, tree, ids, vocabulary):
-    """The logits [T, V] of one text."""
-    with jax.default_matmul_precision("highest"):
-        return np.asarray(logits(hidden(model, tree, jnp.asarray([ids])), head(tree), vocabulary))[0]
-
-
-def greedy(model, tree, tokenizer, prompts, new, devices):
-    """The most likely continuation of each prompt, by our sampler."""
-    programs = programs_of(model, (Greedy(),), tokenizer.size, tokenizer.padded_size, tokenizer.eos_id, 16, devices)
-    key = draw_key(0, "a", 0, (Greedy(),), 0)
-    (found,) = draw(programs, programs.weights([lambda: tree]), [key], range(len(prompts)), prompts, new)
-    return [ids_W[:length].tolist() for ids_W, length in zip(found.id_NW, found.length_N, strict=True)]
 
 
 def ids_of(count, vocabulary, seed=0):
@@ -159,6 +95,23 @@ def test_greedy_texts_are_the_llamas(tokenizer, one_device, tmp_path):
             whole.append(int(llama(tmp_path / "out", whole)[-1].argmax()))
         assert whole[len(prompt) :] == text
         assert len(text) == 8 or text[-1] == tokenizer.eos_id
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+def test_what_is_exported_is_imported_bit_for_bit(model, tokenizer, tmp_path):
+    tree = weights(model, tokenizer)
+    export(tree, model, tokenizer, CONTEXT, tmp_path / "out")
+    found = imported(opened(tmp_path / "out"))
+    filled = dataclasses.replace(model, kv_heads=found.model.kv_heads, head_width=found.model.head_width)
+    assert found.model == dataclasses.replace(filled, mlp_width=found.model.mlp_width)
+    assert params.dims(found.model, 1) == params.dims(model, 1)
+    assert (found.decoder.vocabulary, found.decoder.context) == (tokenizer.size, CONTEXT)
+    ours, theirs = (params.flatten(some) for some in (tree, found.params(tokenizer.padded_size)))
+    assert list(ours) == list(theirs)
+    for path, axis in {path: spec.dims.find("V") for path, spec in params.table(model, 384).items()}.items():
+        kept = ours[path] if axis < 0 else ours[path].take(np.arange(tokenizer.size), axis=axis)
+        there = theirs[path] if axis < 0 else theirs[path].take(np.arange(tokenizer.size), axis=axis)
+        np.testing.assert_array_equal(np.asarray(there).view(np.uint32), np.asarray(kept).view(np.uint32), err_msg=path)
 
 
 def test_weights_are_float32_whatever_the_computation_is(tokenizer, tmp_path):
@@ -218,9 +171,22 @@ def test_what_a_tokenizer_file_adds_to_texts_is_left_out(tokenizer, tmp_path):
 # --- what is refused, and what is left behind -------------------------------------------------------------------------
 
 
-def test_gelu_is_refused(tokenizer, tmp_path):
-    model = dataclasses.replace(TIED, mlp="gelu")
-    with pytest.raises(UserError, match="'gelu' is not known"):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mlp": "gelu"},
+        {"norm": "layer"},
+        {"qk_norm": True},
+        {"biases": ("qkv",)},
+        {"parallel": True},
+        {"positions": "learned", "context": 64},
+        {"rope_fraction": 0.5},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_a_llama_has_not_is_refused(changes, tokenizer, tmp_path):
+    model, name = dataclasses.replace(TIED, **changes), next(iter(changes))
+    with pytest.raises(UserError, match=rf"model.{name} .* is not known to transformers' Llama"):
         export(weights(model, tokenizer), model, tokenizer, CONTEXT, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

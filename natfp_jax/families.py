@@ -1,0 +1,446 @@
+"""Decoders that others publish, as ours: which of our options each family is, and how its parameters are called and lie.
+
+Owns the meaning of config.json and of tensor names, in Hugging Face's layout, for Llama and its kin (Mistral, Qwen2, Qwen3),
+GPT-NeoX (Pythia) and GPT-2. Must not know files, or values of parameters.
+
+Letters are those of `params`; a digit counts what is fused.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pydantic
+
+from natfp_jax.config import LongRope, Model
+from natfp_jax.errors import UserError
+from natfp_jax.params import dims, table
+
+__all__ = ["FAMILIES", "LLAMA", "Decoder", "Family", "Lies", "decoder"]
+
+
+# --- names and axes ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lies:
+    """How one of our parameters lies among theirs.
+
+    Attributes:
+      name: of their tensor; of a layer's with `{}` for its number.
+      axes: their dimensions, with a space between two; letters that stand together are one flattened dimension.
+      part: of what is fused, along the dimension of the digit.
+    """
+
+    name: str
+    axes: str
+    part: int | None = None
+
+    def shape(self, size: Mapping[str, int]) -> tuple[int, ...]:
+        """Of their tensor."""
+        return tuple(math.prod(_length(letter, size) for letter in group) for group in self.axes.split())
+
+    def ours(self, theirs: np.ndarray, letters: str, size: Mapping[str, int]) -> np.ndarray:
+        """Their tensor with our axes `letters` (those of one layer)."""
+        flat = self.axes.replace(" ", "")
+        whole = theirs.reshape([_length(letter, size) for letter in flat])
+        if self.part is not None:
+            place = next(place for place, letter in enumerate(flat) if letter.isdecimal())
+            whole, flat = whole.take(self.part, axis=place), flat[:place] + flat[place + 1 :]
+        return whole.transpose([flat.index(letter) for letter in letters])
+
+    def theirs(self, ours: np.ndarray, letters: str) -> np.ndarray:
+        """The inverse of `ours`, of what is not fused; as it lies in memory, for that is what is written."""
+        flat = self.axes.replace(" ", "")
+        size = dict(zip(letters, ours.shape, strict=True))
+        return np.ascontiguousarray(ours.transpose([letters.index(letter) for letter in flat]).reshape(self.shape(size)))
+
+
+def _length(letter: str, size: Mapping[str, int]) -> int:
+    return int(letter) if letter.isdecimal() else size[letter]
+
+
+def _linear(names: Mapping[str, str], axes: Mapping[str, str]) -> dict[str, Lies]:
+    """Matrices as PyTorch's Linear has them, [out, in], and their biases."""
+    found = dict[str, Lies]()
+    for path, name in names.items():
+        outputs = axes[path].split()[0]
+        found |= {path: Lies(f"{name}.weight", axes[path]), f"{path}_bias": Lies(f"{name}.bias", outputs)}
+    return found
+
+
+def _norms(names: Mapping[str, str]) -> dict[str, Lies]:
+    found = dict[str, Lies]()
+    for path, name in names.items():
+        found |= {path: Lies(f"{name}.weight", "D"), f"{path}_bias": Lies(f"{name}.bias", "D")}
+    return found
+
+
+_MATRICES = {
+    "layers/attention/q": "NH D",
+    "layers/attention/k": "KH D",
+    "layers/attention/v": "KH D",
+    "layers/attention/o": "D NH",
+    "layers/mlp/gate": "F D",
+    "layers/mlp/up": "F D",
+    "layers/mlp/down": "D F",
+}
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+_Size = Annotated[int, pydantic.Field(gt=0, lt=2**31)]
+_Number = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+_GELU = {"gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a config.json describes.
+
+    Attributes:
+      vocabulary: rows of the embedding.
+      context: the most tokens that it computes as published.
+      notes: what a reader must know of it.
+    """
+
+    model: Model
+    vocabulary: int
+    context: int
+    notes: tuple[str, ...] = ()
+
+
+class _Config(pydantic.BaseModel):
+    """Fields that are read; all others say nothing of the numbers."""
+
+    model_config = pydantic.ConfigDict(extra="ignore", strict=True)
+
+    vocab_size: _Size
+
+
+class _Rope(pydantic.BaseModel):
+    """Of version 4 `rope_scaling`, whose `rope_type` was `type` once; of version 5 `rope_parameters`, with theta in it."""
+
+    model_config = pydantic.ConfigDict(extra="ignore", strict=True)
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: _Number | None = None
+    partial_rotary_factor: _Number | None = None
+    factor: _Number | None = None
+    low_freq_factor: _Number | None = None
+    high_freq_factor: _Number | None = None
+    original_max_position_embeddings: _Size | None = None
+
+    def scaling(self) -> LongRope | None:
+        """How positions are stretched.
+
+        Raises:
+          UserError: in a way that is not known here.
+        """
+        kind = self.rope_type or self.type or "default"
+        if kind == "default":
+            return None
+        numbers = self.factor, self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
+        if kind != "llama3" or None in numbers:
+            raise UserError(f'rope_type "{kind}" is not known here, with what goes with it; expected "default" or "llama3"')
+        return LongRope(*numbers)  # type: ignore[arg-type]
+
+
+class _Llama(_Config):
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_hidden_layers: _Size
+    num_attention_heads: _Size
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: _Size = 2048
+    rms_norm_eps: _Number = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_theta: _Number = 10_000.0
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
+    sliding_window: _Size | None = None
+    use_sliding_window: bool | None = None
+    layer_types: list[str] | None = None
+
+    def decoder(self, biases: tuple[str, ...] | None = None, qk_norm: bool = False) -> Decoder:
+        if self.hidden_act != "silu":
+            raise UserError(f'hidden_act "{self.hidden_act}" is not known here, expected "silu"')
+        rope = self.rope_parameters or self.rope_scaling or _Rope()
+        if biases is None:
+            biases = (*(("qkv", "o") if self.attention_bias else ()), *(("mlp",) if self.mlp_bias else ()))
+        model = Model(
+            width=self.hidden_size,
+            layers=self.num_hidden_layers,
+            heads=self.num_attention_heads,
+            kv_heads=self.num_key_value_heads,
+            head_width=self.head_dim,
+            mlp_width=self.intermediate_size,
+            qk_norm=qk_norm,
+            biases=biases,  # type: ignore[arg-type]
+            tied=self.tie_word_embeddings,
+            rope_theta=rope.rope_theta or self.rope_theta,
+            rope_scaling=rope.scaling(),
+            norm_epsilon=self.rms_norm_eps,
+        )
+        context, notes = self.max_position_embeddings, list[str]()
+        if (window := self._window()) is not None and window < context:
+            notes.append(f"attends to the last {window} tokens alone: with so many at most, that is no difference")
+            context = window
+        return Decoder(model, self.vocab_size, context, tuple(notes))
+
+    def _window(self) -> int | None:
+        """The tokens that some layer attends to at most."""
+        sliding = self.layer_types is None or "sliding_attention" in self.layer_types
+        return self.sliding_window if sliding and self.use_sliding_window is not False else None
+
+
+class _Qwen2(_Llama):
+    max_position_embeddings: _Size = 32_768
+    use_sliding_window: bool | None = False
+
+    def decoder(self, biases: tuple[str, ...] | None = None, qk_norm: bool = False) -> Decoder:
+        del biases  # it has no field for them
+        return super().decoder(("qkv",), qk_norm)
+
+
+class _Qwen3(_Llama):
+    head_dim: _Size | None = 128
+    max_position_embeddings: _Size = 32_768
+    use_sliding_window: bool | None = False
+
+    def decoder(self, biases: tuple[str, ...] | None = None, qk_norm: bool = False) -> Decoder:
+        del qk_norm
+        return super().decoder(biases, qk_norm=True)
+
+
+class _NeoX(_Config):
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_hidden_layers: _Size
+    num_attention_heads: _Size
+    hidden_act: str = "gelu"
+    rotary_pct: _Number | None = None
+    rotary_emb_base: _Number | None = None
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
+    max_position_embeddings: _Size = 2048
+    layer_norm_eps: _Number = 1e-5
+    use_parallel_residual: bool = True
+    tie_word_embeddings: bool = False
+    attention_bias: bool = True
+
+    def decoder(self) -> Decoder:
+        rope = self.rope_parameters or self.rope_scaling or _Rope()
+        if rope.scaling() is not None:
+            raise UserError('rope_type "llama3" is not known of this family, expected "default"')
+        fraction = self.rotary_pct or rope.partial_rotary_factor or 0.25
+        if fraction > 1:
+            raise UserError(f"rotary_pct {fraction} is no part of a head, expected at most 1")
+        model = Model(
+            width=self.hidden_size,
+            layers=self.num_hidden_layers,
+            heads=self.num_attention_heads,
+            mlp=_gelu("hidden_act", self.hidden_act),
+            mlp_width=self.intermediate_size,
+            norm="layer",
+            biases=(*(("qkv", "o") if self.attention_bias else ()), "mlp"),
+            parallel=self.use_parallel_residual,
+            tied=self.tie_word_embeddings,
+            rope_theta=self.rotary_emb_base or rope.rope_theta or 10_000.0,
+            rope_fraction=fraction,
+            norm_epsilon=self.layer_norm_eps,
+        )
+        return Decoder(model, self.vocab_size, self.max_position_embeddings)
+
+
+class _GPT2(_Config):
+    n_embd: _Size
+    n_layer: _Size
+    n_head: _Size
+    n_inner: _Size | None = None
+    n_positions: _Size = 1024
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: _Number = 1e-5
+    tie_word_embeddings: bool = True
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+
+    def decoder(self) -> Decoder:
+        if not self.scale_attn_weights or self.scale_attn_by_inverse_layer_idx:
+            raise UserError("scale_attn_weights and scale_attn_by_inverse_layer_idx are not known here but as true and false")
+        model = Model(
+            width=self.n_embd,
+            layers=self.n_layer,
+            heads=self.n_head,
+            mlp=_gelu("activation_function", self.activation_function),
+            mlp_width=self.n_inner or 4 * self.n_embd,
+            norm="layer",
+            biases=("qkv", "o", "mlp"),
+            tied=self.tie_word_embeddings,
+            positions="learned",
+            context=self.n_positions,
+            norm_epsilon=self.layer_norm_epsilon,
+        )
+        return Decoder(model, self.vocab_size, self.n_positions)
+
+
+def _gelu(field_name: str, given: str) -> Literal["gelu", "gelu_exact"]:
+    if given not in _GELU:
+        raise UserError(f'{field_name} "{given}" is not known here, expected one of {", ".join(sorted(_GELU))}')
+    return _GELU[given]  # type: ignore[return-value]
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of decoder, as it is published.
+
+    Attributes:
+      read: config.json → the class that knows its fields.
+      prefix: before the names of all but the head; a decoder that was saved without its head lacks it.
+      parameters: our path → theirs.
+      idle: names of tensors that decide nothing, as a pattern: what older versions saved beside the parameters.
+    """
+
+    read: Callable[[dict[str, Any]], Any]
+    prefix: str
+    parameters: dict[str, Lies] = field(repr=False)
+    idle: re.Pattern[str]
+
+    def named(self, model: Model) -> dict[str, Lies]:
+        """Our path → theirs, of every parameter of a model."""
+        return {path: self.parameters[path] for path in table(model, 1)}
+
+
+LLAMA = Family(
+    read=_Llama.model_validate,
+    prefix="model.",
+    parameters={
+        "embedding": Lies("model.embed_tokens.weight", "V D"),
+        **_norms(
+            {
+                "layers/attention/norm": "model.layers.{}.input_layernorm",
+                "layers/mlp/norm": "model.layers.{}.post_attention_layernorm",
+                "norm": "model.norm",
+            }
+        ),
+        **_linear(
+            {
+                **{f"layers/attention/{name}": f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkvo"},
+                **{f"layers/mlp/{name}": f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")},
+            },
+            _MATRICES,
+        ),
+        "layers/attention/q_norm": Lies("model.layers.{}.self_attn.q_norm.weight", "H"),
+        "layers/attention/k_norm": Lies("model.layers.{}.self_attn.k_norm.weight", "H"),
+        "head": Lies("lm_head.weight", "V D"),
+    },
+    idle=re.compile(r".*\.rotary_emb\.inv_freq"),
+)
+
+
+def _kin(read: Callable[[dict[str, Any]], Any]) -> Family:
+    """A family whose tensors are called and lie as Llama's."""
+    return Family(read, LLAMA.prefix, LLAMA.parameters, LLAMA.idle)
+
+
+def _fused(name: str, matrix: str, bias: str) -> dict[str, Lies]:
+    """Queries, keys and values, of as many heads each, in one matrix and in one bias, by the axes of the queries."""
+    found = {}
+    for part, letter in enumerate("qkv"):
+        path, heads = f"layers/attention/{letter}", "N" if letter == "q" else "K"
+        found[path] = Lies(f"{name}.weight", matrix.replace("N", heads), part)
+        found[f"{path}_bias"] = Lies(f"{name}.bias", bias.replace("N", heads), part)
+    return found
+
+
+_NEOX = Family(
+    read=_NeoX.model_validate,
+    prefix="gpt_neox.",
+    parameters={
+        "embedding": Lies("gpt_neox.embed_in.weight", "V D"),
+        **_norms(
+            {
+                "layers/attention/norm": "gpt_neox.layers.{}.input_layernorm",
+                "layers/mlp/norm": "gpt_neox.layers.{}.post_attention_layernorm",
+                "norm": "gpt_neox.final_layer_norm",
+            }
+        ),
+        **_fused("gpt_neox.layers.{}.attention.query_key_value", "N3H D", "N3H"),
+        **_linear(
+            {
+                "layers/attention/o": "gpt_neox.layers.{}.attention.dense",
+                "layers/mlp/up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
+                "layers/mlp/down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+            },
+            _MATRICES,
+        ),
+        "head": Lies("embed_out.weight", "V D"),
+    },
+    idle=re.compile(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
+)
+
+_TURNED = {"layers/attention/o": "NH D", "layers/mlp/up": "D F", "layers/mlp/down": "F D"}  # its Conv1D is [in, out]
+_GPT_2 = Family(
+    read=_GPT2.model_validate,
+    prefix="transformer.",
+    parameters={
+        "embedding": Lies("transformer.wte.weight", "V D"),
+        "positions": Lies("transformer.wpe.weight", "P D"),
+        **_norms(
+            {
+                "layers/attention/norm": "transformer.h.{}.ln_1",
+                "layers/mlp/norm": "transformer.h.{}.ln_2",
+                "norm": "transformer.ln_f",
+            }
+        ),
+        **_fused("transformer.h.{}.attn.c_attn", "D 3NH", "3NH"),
+        "layers/attention/o": Lies("transformer.h.{}.attn.c_proj.weight", _TURNED["layers/attention/o"]),
+        "layers/attention/o_bias": Lies("transformer.h.{}.attn.c_proj.bias", "D"),
+        "layers/mlp/up": Lies("transformer.h.{}.mlp.c_fc.weight", _TURNED["layers/mlp/up"]),
+        "layers/mlp/up_bias": Lies("transformer.h.{}.mlp.c_fc.bias", "F"),
+        "layers/mlp/down": Lies("transformer.h.{}.mlp.c_proj.weight", _TURNED["layers/mlp/down"]),
+        "layers/mlp/down_bias": Lies("transformer.h.{}.mlp.c_proj.bias", "D"),
+        "head": Lies("lm_head.weight", "V D"),
+    },
+    idle=re.compile(r".*\.attn\.(bias|masked_bias)"),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": _kin(_Llama.model_validate),
+    "qwen2": _kin(_Qwen2.model_validate),
+    "qwen3": _kin(_Qwen3.model_validate),
+    "gpt_neox": _NEOX,
+    "gpt2": _GPT_2,
+}
+
+
+def decoder(config: dict[str, Any]) -> tuple[Family, Decoder]:
+    """The family that a config.json names, and its decoder.
+
+    Raises:
+      UserError: the family is not known here, or a field is missing, of the wrong type, or says what our decoder cannot do.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"model_type {kind!r} is not known here, expected one of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    try:
+        found: Decoder = family.read(config).decoder()
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+    dims(found.model, found.vocabulary)  # widths and heads fit
+    return family, found
