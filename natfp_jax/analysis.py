@@ -59,8 +59,11 @@ class Analysis:
         """The texts of all draws, cut after so many tokens."""
         if length == self.lengths[-1]:
             return [text for table in self.drawn.values() for text in table["text"].to_pylist()]
-        cut = [ids[:length] for table in self.drawn.values() for ids in table["ids"].to_pylist()]
-        return self.work.store.tokenizer.decode_batch(cut)
+        return [
+            text
+            for one, table in self.drawn.items()
+            for text in self.work.tokenizer_of(one.arm).decode_batch([ids[:length] for ids in table["ids"].to_pylist()])
+        ]
 
     def made(
         self, likelihoods: Likelihoods, grids: Sequence[Grid] = (), expected: Sequence[NextTokens] = ()

@@ -145,13 +145,14 @@ class _Study:
             # Alpha is in no weight; and parents may be one at the step that is begun with.
             begun = first.get("origin", {}).get("weights"), adapters and (adapters.rank, adapters.targets)
             seed = experiment.seeds.init if "init" in experiment.deciding else None
-            start = experiment.model, seed, experiment.perturb, inputs["tokenizer"], begun
+            # What is published has weights of its own, whatever its shape.
+            start = experiment.model, seed, experiment.perturb, inputs["tokenizer"], inputs.get("published"), begun
             order = (
                 data.windows,
                 data.epochs,
                 data.batch,
                 experiment.seeds.order,
-                inputs["pool"],
+                inputs.get("pool"),
                 last["step"],
             )
             compared = [("init", start, first["weights"]), ("order", order, last["order_hash"])]

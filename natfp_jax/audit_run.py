@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from natfp_jax import checkpoint, config, descent, files, lineage, lora, mesh, params
+from natfp_jax.adopted import adopted
 from natfp_jax.claims import Claim, attempt, guarded, short, unless
 from natfp_jax.config import Experiment, Run
 from natfp_jax.corpus import Store
@@ -57,7 +58,7 @@ class AuditedRun:
     @cached_property
     def store(self) -> Store | None:
         """The token store that it was trained on, if it is whole and here."""
-        return self._stores.get((self.inputs["corpus"], self.inputs["tokenizer"]))
+        return self._stores.get((self.inputs.get("corpus", ""), self.inputs["tokenizer"]))
 
     @cached_property
     def steps(self) -> list[int]:
@@ -132,6 +133,10 @@ class AuditedRun:
         steps = f"checkpoints {', '.join(map(str, self.steps))}"
         yield attempt(self.subject, f"{steps}: every file is what was written", lambda: self._each(self._whole))
         yield attempt(self.subject, f"{steps} are of this experiment", lambda: self._each(self._owner))
+        if self.experiment.published is not None:
+            yield guarded(self.subject, "its weights are those of the published folder", self._published)
+            yield attempt(self.subject, "lineage.json says what the checkpoint says", self._gathered)
+            return
         if self.store is None:
             yield Claim(self.subject, "corpus, init and order", "recorded", "its corpus is not here, or is damaged")
         else:
@@ -143,6 +148,23 @@ class AuditedRun:
             yield attempt(self.subject, "lineage.json says what the checkpoints say, and the log is whole", self._gathered)
         else:
             yield Claim(self.subject, "its training", "recorded", "it is not finished")
+
+    def _published(self) -> Claim:
+        """Whether the folder is what was adopted, and so are the weights."""
+        claim, named = "its weights are those of the published folder", self.experiment.published
+        assert named is not None
+        try:
+            model = adopted(self.experiment)
+        except UserError as error:
+            return Claim(self.subject, claim, "recorded", f"the folder is not here ({error})")
+        if wrong := unless(model.identity.inputs["published"], self.inputs["published"], f"{named.folder} holds"):
+            return Claim(self.subject, claim, "recorded", f"{wrong}: the folder has changed since, or is another")
+        padded, said = model.tokenizer.padded_size, self.records[0]["weights"]
+        saved = self._read(0, params.table(model.experiment.model, padded))
+        wrong = unless(said, weight_hash(model.source.params(padded)), "the folder gives") or unless(
+            said, weight_hash(saved), "the checkpoint holds"
+        )
+        return Claim(self.subject, claim, "false" if wrong else "proven", wrong or "")
 
     def _each(self, check: Callable[[int], str | None]) -> str | None:
         """What is wrong with each checkpoint."""
@@ -191,8 +213,8 @@ class AuditedRun:
             return "its record cannot be read"
         return unless(self.records[step]["weights"], weight_hash(self._read(step)), "its weights have sha256")
 
-    def _read(self, step: int) -> Params:
-        specs = self._specs
+    def _read(self, step: int, specs: dict[str, params.Spec] | None = None) -> Params:
+        specs = self._specs if specs is None else specs
         like = checkpoint.with_shardings(params.abstract(specs), mesh.param_shardings(self._devices(), specs))
         tree: Params = checkpoint.restore(self.run.checkpoints, step, like)[0]
         return tree

@@ -204,7 +204,9 @@ class Checkpoints:
         self.settle(wait=True)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimiser)))
         processes.led(lambda: self.check_room(needed))
-        args = {"params": ocp.args.StandardSave(params), "optimiser": ocp.args.StandardSave(optimiser)}
+        args = {"params": ocp.args.StandardSave(params)}
+        if optimiser is not None:  # of what is not trained there is none
+            args["optimiser"] = ocp.args.StandardSave(optimiser)
         self._manager.save(step, args=ocp.args.Composite(**args), force=True)  # forced: an earlier step may be asked for later
         self._saving = step, record
 

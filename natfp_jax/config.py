@@ -32,6 +32,7 @@ __all__ = [
     "Optimiser",
     "Parent",
     "Perturb",
+    "Published",
     "Run",
     "Sampling",
     "Seeds",
@@ -294,6 +295,14 @@ class Parent(Strict):
 
 
 @dataclass(frozen=True)
+class Published(Strict):
+    """A model that others have published, in Hugging Face's layout."""
+
+    name: Name  # what it is called here
+    folder: str  # of this machine, or hf://OWNER/NAME, with @REVISION for a branch, tag or commit
+
+
+@dataclass(frozen=True)
 class Experiment(Strict):
     """Everything that decides the weights."""
 
@@ -306,10 +315,15 @@ class Experiment(Strict):
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0  # of what a block adds to its input, while training
     parent: Parent | None = None  # None: its weights begin with the init seed
     lora: Lora | None = None  # None: all weights are trained
+    # These weights as they are: nothing is trained, no seed decides anything, and the folder says what `model` is but for its
+    # dtype. Texts are read and written by its own tokenizer.
+    published: Published | None = None
 
     @property
     def deciding(self) -> tuple[str, ...]:
         """The seeds that decide something of its weights."""
+        if self.published is not None:
+            return ()
         begins = ("init",) if self.parent is None or self.lora is not None else ()  # else all weights are the parent's
         return (*begins, "order", *(("dropout",) if self.dropout else ()))
 
@@ -325,6 +339,8 @@ class Experiment(Strict):
         Raises:
           UserError: windows · epochs is no multiple of the batch.
         """
+        if self.published is not None:
+            return 0
         seen = self.data.windows * self.data.epochs
         if seen % self.data.batch:
             raise UserError(
@@ -631,11 +647,13 @@ def fingerprint(config: Any, inputs: dict[str, str] | None = None) -> str:
     """sha256 of the canonical JSON of `config`, defaults left out, together with the hashes of its inputs.
 
     An experiment's `corpus` stands for nothing but the hashes in `inputs`: where text came from does not decide weights. Nor
-    does its parent's experiment, whose fingerprint is among them.
+    does its parent's experiment, whose fingerprint is among them, nor where a published model lies, whose hash is.
     """
     fields = _without_defaults(config)
     if isinstance(config, Experiment):
         fields.pop("corpus", None)
+        if config.published is not None:  # all else of the model is its folder's
+            fields = {"dtype": config.model.dtype, "published": True}
         if config.parent is not None:
             fields["parent"] = config.parent.step
     return hash_json({"config": fields, "inputs": inputs or {}})

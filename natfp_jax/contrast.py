@@ -36,6 +36,10 @@ def held(arms: list[Arm]) -> list[str]:
     Args:
       arms: as in a summary, the base arm first.
     """
+    if published := [arm["id"] for arm in arms if "published" in arm]:
+        trained = [arm for arm in arms if "published" not in arm]
+        said = [f"Not held fixed: what was trained on, and how. As published: {_listed(published)}."]
+        return said + (held(trained) if len(trained) > 1 else [])
     base = arms[0]
     others = [arm["id"] for arm in arms if arm["pool"] != base["pool"]]
     alike = len({arm["epochs"] for arm in arms}) == 1  # else it stands in the next sentence

@@ -19,7 +19,6 @@ from natfp_jax.prompts import Prompts
 from natfp_jax.sample import Programs, draw_key, new_slots_for, programs_of, rows_for, slots_for
 from natfp_jax.strategy import strategy_of
 from natfp_jax.study import Draw, draws
-from natfp_jax.train import load_params
 from natfp_jax.turns import Drawn, draw
 from natfp_jax.workspace import Workspace
 
@@ -70,7 +69,8 @@ def _side_by_side(work: Workspace, missing: dict[Draw, tuple[int, ...]]) -> Iter
     """Draws that lack the same files, of models of one shape at one temperature: as many as `replica` has places."""
     groups: dict[Any, list[Draw]] = {}
     for one, numbers in missing.items():
-        groups.setdefault((work.arms[one.arm].experiment.model, one.temperature, numbers), []).append(one)
+        like = work.arms[one.arm].experiment.model, work.tokenizer_of(one.arm).sha256, work.end_of(one.arm)
+        groups.setdefault((*like, one.temperature, numbers), []).append(one)
     places = work.devices.shape["replica"]
     for group in groups.values():
         yield from (group[first : first + places] for first in range(0, len(group), places))
@@ -78,7 +78,7 @@ def _side_by_side(work: Workspace, missing: dict[Draw, tuple[int, ...]]) -> Iter
 
 def _rows(work: Workspace) -> int:
     """Texts that a device draws together: the same for all arms, since bits depend on it."""
-    sampling, padded = work.study.sampling, work.store.tokenizer.padded_size
+    sampling = work.study.sampling
     if sampling.batch is not None:
         return sampling.batch
     if rows := processes.led(partial(_recorded_rows, work)):
@@ -86,8 +86,8 @@ def _rows(work: Workspace) -> int:
     slots = slots_for(work.longest_prompt) + new_slots_for(sampling.lengths[-1])
     memory = processes.led(lambda: mesh.device_memory(work.devices))
     texts = min(len(work.prompts), sampling.file_texts)
-    models = {arm.experiment.model for arm in work.arms.values()}
-    return min(rows_for(model, padded, slots, texts, work.devices, memory, sampling.cache) for model in models)
+    models = {(arm.experiment.model, work.tokenizer_of(name).padded_size) for name, arm in work.arms.items()}
+    return min(rows_for(*model, slots, texts, work.devices, memory, sampling.cache) for model in models)
 
 
 def _recorded_rows(work: Workspace) -> int | None:
@@ -103,7 +103,7 @@ def _draw(work: Workspace, some: list[Draw], numbers: Sequence[int], told: Told)
     keys = [_key(work, one) for one in some]
     for number in numbers:
         prompts = work.prompts.part(number * sampling.file_texts, sampling.file_texts)
-        encoded = prompts.encoded(work.store.tokenizer)
+        encoded = prompts.encoded(work.tokenizer_of(some[0].arm))
         found = draw(programs, weights, keys, prompts.ids, encoded, sampling.lengths[-1], told)
         for one, drawn in zip(some, found, strict=True):
             processes.led(partial(_write, work, one, number, prompts, drawn, programs))
@@ -120,7 +120,7 @@ def scored(
     Yields:
       Of one draw after another, in nats: float32 [N, W], zero behind a text's end.
     """
-    weights, new_tokens, encoded = None, work.study.sampling.lengths[-1], prompts.encoded(work.store.tokenizer)
+    weights, new_tokens, encoded = None, work.study.sampling.lengths[-1], prompts.encoded(work.tokenizer_of(arm))
     for one, ids_NW in ids.items():
         programs = _programs(work, arm, one)
         if weights is None:  # they lie the same for every strategy
@@ -131,9 +131,9 @@ def scored(
 
 def _programs(work: Workspace, arm: str, one: Draw) -> Programs:
     """What draws from an arm, or scores under it, as a draw has it."""
-    sampling, tokenizer = work.study.sampling, work.store.tokenizer
+    sampling, tokenizer = work.study.sampling, work.tokenizer_of(arm)
     model, strategy = work.arms[arm].experiment.model, strategy_of(sampling, one.drawn_at(sampling))
-    sizes = tokenizer.size, tokenizer.padded_size, work.store.end_id, _rows(work)
+    sizes = tokenizer.size, tokenizer.padded_size, work.end_of(arm), _rows(work)
     return programs_of(model, strategy, *sizes, work.devices, sampling.cache)
 
 
@@ -144,12 +144,11 @@ def _key(work: Workspace, one: Draw) -> jax.Array:
 
 
 def _weights(work: Workspace, arm: str, step: int) -> Params:
-    trained = work.arms[arm]
-    return load_params(work.run_of(arm), step, trained.experiment, work.store_of(trained), work.devices)
+    return work.params_of(arm, step)
 
 
 def _write(work: Workspace, one: Draw, number: int, prompts: Prompts, drawn: Drawn, programs: Programs) -> None:
-    n, tokenizer = len(prompts), work.store.tokenizer
+    n, tokenizer = len(prompts), work.tokenizer_of(one.arm)
     ids = texts.ragged(drawn.id_NW, drawn.length_N)
     columns = {
         "draw": [one.number] * n,

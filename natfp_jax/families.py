@@ -93,6 +93,7 @@ _MATRICES = {
 # --- config.json ------------------------------------------------------------------------------------------------------
 
 _Size = Annotated[int, pydantic.Field(gt=0, lt=2**31)]
+_Id = Annotated[int, pydantic.Field(ge=0)]
 _Number = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 _GELU = {"gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 
@@ -104,12 +105,16 @@ class Decoder:
     Attributes:
       vocabulary: rows of the embedding.
       context: the most tokens that it computes as published.
+      begin: the id that comes before a text.
+      end: the id that ends one.
       notes: what a reader must know of it.
     """
 
     model: Model
     vocabulary: int
     context: int
+    begin: int
+    end: int
     notes: tuple[str, ...] = ()
 
 
@@ -119,6 +124,24 @@ class _Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="ignore", strict=True)
 
     vocab_size: _Size
+    bos_token_id: _Id | None = None
+    eos_token_id: _Id | Annotated[list[_Id], pydantic.Field(min_length=1)] | None = None
+
+    def described(self, model: Model, context: int, *notes: str) -> Decoder:
+        """The decoder with what all families say alike.
+
+        Raises:
+          UserError: an id is none of the vocabulary, or it has none that begins or ends a text.
+        """
+        said, ends = list(notes), [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id or []
+        if len(ends) > 1:
+            said.append(f"ends a text by the id {ends[0]} alone, of {', '.join(map(str, ends))} that end one")
+        ids = [one for one in (self.bos_token_id, *ends) if one is not None]
+        if not ids:
+            raise UserError("bos_token_id and eos_token_id are missing: give the ids that begin and end a text")
+        if wrong := [one for one in ids if one >= self.vocab_size]:
+            raise UserError(f"the ids {', '.join(map(str, wrong))} that begin or end a text are none of {self.vocab_size}")
+        return Decoder(model, self.vocab_size, context, ids[0], (ends or ids)[0], tuple(said))
 
 
 class _Rope(pydantic.BaseModel):
@@ -190,11 +213,10 @@ class _Llama(_Config):
             rope_scaling=rope.scaling(),
             norm_epsilon=self.rms_norm_eps,
         )
-        context, notes = self.max_position_embeddings, list[str]()
-        if (window := self._window()) is not None and window < context:
-            notes.append(f"attends to the last {window} tokens alone: with so many at most, that is no difference")
-            context = window
-        return Decoder(model, self.vocab_size, context, tuple(notes))
+        if (window := self._window()) is not None and window < self.max_position_embeddings:
+            note = f"attends to the last {window} tokens alone: with so many at most, that is no difference"
+            return self.described(model, window, note)
+        return self.described(model, self.max_position_embeddings)
 
     def _window(self) -> int | None:
         """The tokens that some layer attends to at most."""
@@ -258,7 +280,7 @@ class _NeoX(_Config):
             rope_fraction=fraction,
             norm_epsilon=self.layer_norm_eps,
         )
-        return Decoder(model, self.vocab_size, self.max_position_embeddings)
+        return self.described(model, self.max_position_embeddings)
 
 
 class _GPT2(_Config):
@@ -289,7 +311,7 @@ class _GPT2(_Config):
             context=self.n_positions,
             norm_epsilon=self.layer_norm_epsilon,
         )
-        return Decoder(model, self.vocab_size, self.n_positions)
+        return self.described(model, self.n_positions)
 
 
 def _gelu(field_name: str, given: str) -> Literal["gelu", "gelu_exact"]:

@@ -23,10 +23,10 @@ from natfp_jax.config import Model
 from natfp_jax.errors import UserError
 from natfp_jax.families import LLAMA, Decoder, Family, Lies
 from natfp_jax.params import Params, Spec, dims, flatten, nest, table
-from natfp_jax.published import Published
+from natfp_jax.published import Folder, read_json
 from natfp_jax.tokenizer import EOS, Tokenizer
 
-__all__ = ["Imported", "export", "imported"]
+__all__ = ["Imported", "export", "imported", "tokenizer"]
 
 _PRUNED = 8  # names of tensors that are told of
 
@@ -38,7 +38,7 @@ _PRUNED = 8  # names of tensors that are told of
 class Imported:
     """A published model whose folder has all that our decoder needs; no weights have been read."""
 
-    source: Published
+    source: Folder
     family: Family
     decoder: Decoder
 
@@ -109,7 +109,7 @@ class Imported:
         return np.pad(value, [(0, len(one) - len(has)) for one, has in zip(ranges, there, strict=True)])
 
 
-def imported(source: Published) -> Imported:
+def imported(source: Folder) -> Imported:
     """Checks a folder: that it is of a family that our decoder can be, and has every tensor, each of its shape, and no other.
 
     Raises:
@@ -139,6 +139,40 @@ def imported(source: Published) -> Imported:
         raise UserError(
             f"{source.folder} has tensors that a {source.config['model_type']} of its config.json has not: "
             f"{', '.join(others[:_PRUNED])}{more}: the model is another one, and would be computed wrongly"
+        )
+    return found
+
+
+def tokenizer(source: Folder, decoder: Decoder) -> Tokenizer:
+    """The tokenizer of a folder as one of ours: the same ids, and what begins a text is called EOS.
+
+    It puts nothing around a text and cuts none, and a special token in a text is text, as in ours.
+
+    Raises:
+      UserError: the file is none, what begins a text is no token of its own, or it has more ids than the embedding rows.
+    """
+    path = source.tokenizer
+    file = read_json(path)
+    try:
+        added = {token["id"]: token for token in file.get("added_tokens") or []}
+        entries = file["model"]["vocab"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no tokenizer ({type(error).__name__}: {error}): get it again") from None
+    if decoder.begin not in added:
+        raise UserError(f"{path}: the id {decoder.begin}, which begins a text, is no added token: give another folder")
+    name = added[decoder.begin].get("content")
+    if name != EOS and any(token.get("content") == EOS for token in added.values()):
+        raise UserError(f"{path}: {EOS} is not what begins a text there: rename it")
+    added[decoder.begin] |= {"content": EOS, "special": True}
+    if isinstance(entries, dict):
+        file["model"]["vocab"] = {EOS if entry == name else entry: number for entry, number in entries.items()}
+    else:  # pairs of a token and its score
+        file["model"]["vocab"] = [[EOS, *rest] if entry == name else [entry, *rest] for entry, *rest in entries]
+    plain = {"truncation": None, "padding": None, "post_processor": None}
+    found = Tokenizer.read(json.dumps({**file, **plain}, ensure_ascii=False).encode(), path)
+    if found.size > decoder.vocabulary or found.eos_id != decoder.begin:
+        raise UserError(
+            f"{path} has ids up to {found.size - 1}, its embedding {decoder.vocabulary} rows: the two are not of one model"
         )
     return found
 

@@ -25,7 +25,6 @@ from natfp_jax.params import Params
 from natfp_jax.prompts import Prompts
 from natfp_jax.sample import pad_prompts
 from natfp_jax.study import Draw, Grid
-from natfp_jax.train import load_params
 from natfp_jax.workspace import Workspace
 
 __all__ = ["NextTokens", "next_token_logits", "next_tokens"]
@@ -113,6 +112,6 @@ def _weights(work: Workspace, models: Sequence[Draw]) -> list[str]:
 
 def _logits(work: Workspace, one: Draw, prompts: Prompts) -> NDArray[np.float32]:
     arm, tokenizer, ways = work.arms[one.arm], work.store.tokenizer, mesh.text_ways(work.devices)
-    params = load_params(work.run_of(one.arm), one.step, arm.experiment, work.store_of(arm), work.devices)
+    params = work.params_of(one.arm, one.step)
     batch = max(_ROWS // ways, 1) * ways
     return next_token_logits(params, prompts.encoded(tokenizer), arm.experiment.model, tokenizer.size, batch, work.devices)

@@ -135,9 +135,9 @@ def _arm_grid(summary: Summary) -> str:
     header = ["arm", "fingerprint", "initial weights", "order", "final weights", "seeds", "val. loss", "steps", "tokens"]
     rows = [
         [
-            *(arm["id"], *(f"`{arm[name][:12]}`" for name in hashes)),
+            *(arm["id"], *("" if arm[name] is None else f"`{arm[name][:12]}`" for name in hashes)),
             ", ".join(f"{name} {seed}" for name, seed in arm["seeds"].items()),
-            *(f"{arm['val_loss']:.4f}", f"{arm['steps']:,}", f"{arm['tokens']:,}"),
+            *("" if arm["val_loss"] is None else f"{arm['val_loss']:.4f}", f"{arm['steps']:,}", f"{arm['tokens']:,}"),
         ]
         for arm in arms
     ]

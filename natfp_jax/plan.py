@@ -16,6 +16,7 @@ from natfp_jax import config
 from natfp_jax.chips import Chip, chips_in
 from natfp_jax.config import Experiment, Study
 from natfp_jax.costs import size
+from natfp_jax.errors import UserError
 from natfp_jax.program import program_for
 from natfp_jax.remedies import Remedy, nearest
 from natfp_jax.sample import new_slots_for, rows_for, slots_for
@@ -88,6 +89,8 @@ def plan(
       UserError: an arm cannot run on the mesh.
     """
     every = arms(study)
+    if any(arm.experiment.published is not None for arm in every):
+        raise UserError(f"study {study.name} is of published models: a plan is of what is trained; give a study that trains")
     before, sizes = parents(every), vocabulary(study)
     found, disk = list[Training](), 0
     for group in alike([*before, *every]):

@@ -22,7 +22,7 @@ import numpy as np
 from natfp_jax.errors import UserError
 from natfp_jax.files import hash_file
 
-__all__ = ["HUB", "Published", "Tensor", "located", "opened"]
+__all__ = ["HUB", "Folder", "Tensor", "located", "opened", "read_json"]
 
 HUB = "hf://"  # before OWNER/NAME, or OWNER/NAME@REVISION
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -67,7 +67,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Published:
+class Folder:
     """A folder that has been looked through; no tensor has been read."""
 
     folder: Path
@@ -124,7 +124,7 @@ class Published:
         return {path.name: hash_file(path) for path in sorted(paths)}
 
 
-def opened(folder: Path) -> Published:
+def opened(folder: Path) -> Folder:
     """Looks through a folder.
 
     Raises:
@@ -132,10 +132,15 @@ def opened(folder: Path) -> Published:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one in Hugging Face's layout, or {HUB}OWNER/NAME")
-    return Published(folder, _json(folder / CONFIG), _tensors(folder))
+    return Folder(folder, read_json(folder / CONFIG), _tensors(folder))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of such a folder.
+
+    Raises:
+      UserError: the file is missing, or holds something else.
+    """
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}: give a folder in Hugging Face's layout")
     if (size := path.stat().st_size) > _MOST:
@@ -156,7 +161,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
         instead = f", only {pickled[0]}, which is not opened, since it could run anything" if pickled else ""
         raise UserError(f"{folder} has no {_WEIGHTS}{instead}: give a folder with safetensors weights")
-    named = _json(folder / _INDEX).get("weight_map")
+    named = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
         raise UserError(f"{folder / _INDEX} has no weight_map of names and files: get it again")
     shards = dict[str, dict[str, Tensor]]()

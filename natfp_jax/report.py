@@ -56,6 +56,7 @@ def summarise(work: Workspace) -> Summary:
         "stages": _timings(work.folder / "timings.json"),
         "numerics": _numerics(work, records),
         "settings": {name: config.to_json(getattr(work.study, name)) for name in ("sampling", "attribution")},
+        "reencoded": work.reencoded,
         "lacking": lacking(work.study),
     }
     shown = files.hash_json({"version": __version__, **summary})
@@ -74,18 +75,19 @@ def _records(work: Workspace, arm: str) -> dict[int, dict[str, Any]]:
 
 def _arm(work: Workspace, arm: str, last: dict[str, Any], learnt: dict[str, dict[str, int]]) -> dict[str, Any]:
     experiment, base = work.arms[arm].experiment, next(iter(work.arms.values())).experiment
+    identity = work.identities[arm]
+    if arm in work.published:
+        begun = {"published": last["published"], "pool": None, "windows": 0, "epochs": 0}
+    else:
+        pool = identity.inputs["pool"]
+        begun = {"pool": pool, "windows": experiment.data.windows, "epochs": experiment.data.epochs, **learnt[pool]}
     return {
         "id": arm,
-        "fingerprint": work.identities[arm].fingerprint,
+        "fingerprint": identity.fingerprint,
         "differs": {path: list(both) for path, both in differences(*map(config.to_json, (base, experiment))).items()},
-        "pool": work.identities[arm].inputs["pool"],
-        "windows": experiment.data.windows,
-        "epochs": experiment.data.epochs,
-        "parameters": params.count(
-            lora.table(experiment.model, work.store_of(work.arms[arm]).tokenizer.padded_size, experiment.lora)
-        ),
+        **begun,
+        "parameters": params.count(lora.table(experiment.model, work.tokenizer_of(arm).padded_size, experiment.lora)),
         **({"origin": last["origin"]} if "origin" in last else {}),
-        **learnt[work.identities[arm].inputs["pool"]],
         "seeds": {name: getattr(experiment.seeds, name) for name in experiment.deciding},
         "init_hash": last["init_hash"],
         "order_hash": last["order_hash"],
@@ -101,6 +103,8 @@ def _learnt(work: Workspace) -> dict[str, dict[str, int]]:
     """The hash of each pool → of conversations, how many it holds, and how many ids of them are learnt."""
     found = dict[str, dict[str, int]]()
     for name, arm in work.arms.items():
+        if name in work.published:
+            continue
         sha256 = work.identities[name].inputs["pool"]
         if sha256 not in found:  # it is read whole
             pool = work.store_of(arm).pool(arm.experiment.data)
@@ -206,7 +210,7 @@ def report(work: Workspace) -> Summary:
 def _curves(work: Workspace, summary: Summary) -> dict[str, list[tuple[float, float, bool]]]:
     """Arm → (tokens, loss, whether of the validation part)."""
     curves = {}
-    for arm in summary["arms"]:
+    for arm in (arm for arm in summary["arms"] if arm["steps"]):
         each = arm["tokens"] / arm["steps"]
         lines, _ = metrics(work.run_of(arm["id"]).metrics)
         curves[arm["id"]] = [

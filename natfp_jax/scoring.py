@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from natfp_jax import mesh, processes, texts
 from natfp_jax.ceiling import log_likelihoods
@@ -19,7 +20,6 @@ from natfp_jax.drawing import scored
 from natfp_jax.prompts import Prompts
 from natfp_jax.strategy import strategy_of
 from natfp_jax.study import Draw
-from natfp_jax.train import load_params
 from natfp_jax.workspace import Workspace
 
 __all__ = ["likelihoods"]
@@ -47,7 +47,8 @@ def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) ->
     hashes = processes.led(lambda: [work.run_of(arm).record(step)["weights"] for arm, step in pairs])
     # Arms of bitwise equal weights and shape are one model, and have its likelihoods together, so that they tie exactly.
     models = {
-        (arm, step): (weights, work.arms[arm].experiment.model) for (arm, step), weights in zip(pairs, hashes, strict=True)
+        (arm, step): (weights, work.arms[arm].experiment.model, _writing(work, arm))
+        for (arm, step), weights in zip(pairs, hashes, strict=True)
     }
     lengths = work.study.sampling.lengths
 
@@ -56,7 +57,9 @@ def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) ->
 
     def summed(log_p_NW: np.ndarray) -> np.ndarray:
         """Of each text's beginnings, a column a length, from those of its ids."""
-        return np.stack([log_p_NW[:, :length].sum(axis=1, dtype=np.float64) for length in lengths], axis=1)
+        # The last is the whole text, which may have more ids for an arm of another tokenizer.
+        ends = [*lengths[:-1], None]
+        return np.stack([log_p_NW[:, :end].sum(axis=1, dtype=np.float64) for end in ends], axis=1)
 
     checkpoints = {model: pair for pair, model in models.items()}  # one that is it
     asked = {(one, models[pair]): None for pair, compared in pairs.items() for one in compared}
@@ -70,8 +73,8 @@ def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) ->
             unknown.setdefault(model, []).append(one)
     with work.progress.task("likelihood ceiling", sum(map(len, unknown.values())) * len(test), "texts") as advance:
         for model, some in unknown.items():
-            ids = {one: drawn[one]["ids"].take(test) for one in some}
             arm, step = checkpoints[model]
+            ids = {one: _ids(work, one, arm, drawn[one].take(test)) for one in some}
             for one, log_p_NW in zip(some, _under(work, arm, step, ids, test, advance), strict=True):
                 if np.isneginf(log_p_NW).any():
                     cut[one, model] = log_p_NW
@@ -86,25 +89,45 @@ def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) ->
     return {(one, *pair): known[one, models[pair]] for pair, compared in pairs.items() for one in compared}
 
 
+def _writing(work: Workspace, arm: str) -> tuple[str, int]:
+    """What an arm's texts are written by: its tokenizer, and the id that ends them."""
+    return work.tokenizer_of(arm).sha256, work.end_of(arm)
+
+
+def _ids(work: Workspace, one: Draw, arm: str, rows: Any) -> Any:
+    """The ids of a draw's texts, as an arm has them.
+
+    Of another tokenizer they are the texts encoded anew, and its own end where the text had come to one. That is one way to
+    write a text, the usual one, of many: less than the text's whole probability.
+    """
+    if _writing(work, one.arm) == _writing(work, arm):
+        return rows["ids"]
+    tokenizer, room = work.tokenizer_of(arm), work.room_of(arm)
+    ended = [work.end_of(one.arm) in ids[-1:] for ids in rows["ids"].to_pylist()]
+    encoded = tokenizer.encode_batch(rows["text"].to_pylist())
+    return pa.array([[*ids, *[work.end_of(arm)] * end][:room] for ids, end in zip(encoded, ended, strict=True)])
+
+
 def _by_sampler(work: Workspace, arm: str) -> bool:
     """Whether likelihoods under an arm are what its sampler says.
 
-    In bfloat16 a forward pass is another distribution than the sampler's: a truncation could not have drawn its own texts.
+    In bfloat16 a forward pass is another distribution than the sampler's: a truncation could not have drawn its own texts. But
+    a text that is encoded anew may be longer than what a sampler draws.
     """
-    return "bfloat16" in (work.arms[arm].experiment.model.dtype, work.study.sampling.cache)
+    return not work.reencoded and "bfloat16" in (work.arms[arm].experiment.model.dtype, work.study.sampling.cache)
 
 
 def _under(
     work: Workspace, arm: str, step: int, ids: Mapping[Draw, Any], test: np.ndarray, advance: Callable[[int], None]
 ) -> Iterator[np.ndarray]:
     """log p of each id of draws' test texts under an arm's checkpoint, draw by draw: [N, W]."""
-    experiment, sampling, tokenizer = work.arms[arm].experiment, work.study.sampling, work.store.tokenizer
+    experiment, sampling, tokenizer = work.arms[arm].experiment, work.study.sampling, work.tokenizer_of(arm)
     prompts = Prompts(work.prompts.table.take(test))
     if _by_sampler(work, arm):
-        dense = {one: texts.dense(column, sampling.lengths[-1], work.store.end_id) for one, column in ids.items()}
+        dense = {one: texts.dense(column, sampling.lengths[-1], work.end_of(arm)) for one, column in ids.items()}
         yield from scored(work, dense, prompts, arm, step, lambda ended, _: advance(ended))
         return
-    params = load_params(work.run_of(arm), step, experiment, work.store_of(work.arms[arm]), work.devices)
+    params = work.params_of(arm, step)
     encoded, ways = prompts.encoded(tokenizer), mesh.text_ways(work.devices)
     batch = max(_ROWS // ways, 1) * ways
     for one, column in ids.items():

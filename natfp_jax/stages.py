@@ -77,10 +77,17 @@ class Work(Workspace):
         wanted = processes.led(self._wanted)
         for arm in (*(parent for name, parent in self.parents.items() if name in wanted), *self.arms.values()):
             try:
-                check(arm.experiment, self.store_of(arm), self.study.run, self.devices)
+                if arm.id in self.published:
+                    self.published[arm.id].check(self.devices)
+                else:
+                    check(arm.experiment, self.store_of(arm), self.study.run, self.devices)
             except UserError as error:
                 raise UserError(f"{arm.id if arm.id in self.parents else f'arm {arm.id}'}: {error}") from None
         sampling = self.study.sampling
+        if self.reencoded and len(sampling.lengths) > 1:
+            raise UserError(
+                f"sampling.new_tokens {list(sampling.lengths)}: arms of different tokenizers share no lengths; give one"
+            )
         for temperature in sampling.temperatures:
             strategy_of(sampling, temperature)
         if sampling.file_texts * sampling.lengths[-1] >= 2**31:
@@ -129,9 +136,12 @@ class Work(Workspace):
     # --- train ---
 
     def train(self) -> None:
-        """Trains every arm that lacks a checkpoint, after the parents that such a one descends from."""
+        """Trains every arm that lacks a checkpoint, after the parents that it descends from; adopts what is published."""
         todo = processes.led(self._wanted)
-        every = [arm for arm in (*self.parents.values(), *self.arms.values()) if arm.id in todo]
+        self._adopt([name for name in todo if name in self.published])
+        every = [
+            arm for arm in (*self.parents.values(), *self.arms.values()) if arm.id in todo and arm.id not in self.published
+        ]
 
         def together(arm: Arm) -> tuple[Any, ...]:
             fractions = kept_fractions(self.study, self.arms.values(), arm.experiment)
@@ -139,6 +149,19 @@ class Work(Workspace):
 
         for _, group in groupby(sorted(every, key=together), key=together):
             self._train(list(group))
+
+    def _adopt(self, todo: list[str]) -> None:
+        """Writes the runs of published models."""
+        if not todo:
+            return
+        with self.timed("adopt"), self.progress.task(f"adopt {len(todo)} published", len(todo), "models") as advance:
+            for name in todo:
+                for note in self.published[name].source.decoder.notes:
+                    self.progress.say(f"arm {name} {note}")
+                run = self.run_of(name)
+                with processes.leading(alone(run.folder, self.progress, wait=self.share is not None)):
+                    self.published[name].save(run, self.devices)
+                advance(1)
 
     def _wanted(self) -> list[str]:
         """The arms of this command that lack a checkpoint, and of their ancestors those that do; one process reads files."""

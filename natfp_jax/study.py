@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from natfp_jax.config import Experiment, Factor, Parent, Sampling, Seeds, Study, replace, to_json
+from natfp_jax.config import Experiment, Factor, Model, Parent, Sampling, Seeds, Study, replace, to_json
 from natfp_jax.contrast import differences
 from natfp_jax.errors import UserError
 from natfp_jax.files import canonical_json, hash_json
@@ -121,6 +121,8 @@ class Grid:
 def labels(factor: Factor) -> list[str]:
     """What each level of a factor is called; of several fields at once, by those in which the levels differ."""
     levels = factor.levels
+    if factor.path == "published":
+        return [str(to_json(level).get("name")) if level is not None else "none" for level in levels]
     if all(isinstance(level, bool | int | float | str) for level in levels):
         return [str(level) for level in levels]
     if levels.count(None) == 1 and len(levels) > 1:
@@ -206,6 +208,8 @@ def arms(study: Study) -> list[Arm]:
                 f"factor {factor.path}: all arms of a study share the tokenizer and the split of the base corpus; "
                 "of a corpus only corpus.source can be a factor"
             )
+    if len(factors) > 1 and any(factor.path.split(".")[0] == "published" for factor in factors):
+        raise UserError("a factor of published models stands alone: nothing else can be varied of what is not trained here")
     if len({factor.name for factor in factors}) < len(factors):
         raise UserError(f"two factors share a name: {[factor.path for factor in factors]}")
 
@@ -219,7 +223,9 @@ def arms(study: Study) -> list[Arm]:
     found, names = [], [labels(factor) for factor in factors]
     for cell in cells:
         levels = tuple(some[place] for some, place in zip(names, cell, strict=True))
-        parts = [f"{factor.name}{level}" for factor, level in zip(factors, levels, strict=True)]
+        # A published model has a name already.
+        named_by = ["" if factor.path == "published" else factor.name for factor in factors]
+        parts = [f"{before}{level}" for before, level in zip(named_by, levels, strict=True)]
         if study.design == "one_at_a_time":
             parts = [part for part, place in zip(parts, cell, strict=True) if place] or ["base"]
         # The base has every first level; of factors that set one field, only the one that moves is set again.
@@ -265,6 +271,8 @@ def parents(every: Iterable[Arm]) -> list[Arm]:
 def _check_descent(name: str, experiment: Experiment) -> None:
     """Raises a UserError if an experiment cannot begin with its parent's weights, or that with its own parent's."""
     parent = experiment.parent
+    if experiment.published is not None:
+        _check_published(name, experiment)
     if parent is None:
         if experiment.lora is not None:
             raise UserError(f"{name} has lora but no parent whose weights it adapts: give it a parent, or leave lora out")
@@ -272,12 +280,25 @@ def _check_descent(name: str, experiment: Experiment) -> None:
     for path, (got, expected) in differences(*map(to_json, (experiment.model, parent.experiment.model))).items():
         if path not in _NOT_OF_WEIGHTS:
             raise UserError(f"{name} has model.{path} {got}, its parent {expected}: give both the same, as the weights are")
+    if parent.experiment.published is not None:
+        raise UserError(f"the parent of {name} is a published model: such a one is an arm, and begins no training here")
     _ = parent.step  # whole steps, or an error that says so
     _check_descent(f"the parent of {name}", parent.experiment)
 
 
+def _check_published(name: str, experiment: Experiment) -> None:
+    """Raises a UserError if a published model is asked for with what is only done to models that are trained here."""
+    for field in ("parent", "lora", "perturb"):
+        if getattr(experiment, field) is not None:
+            raise UserError(f"{name} is a published model with {field}: its weights are taken as they are; leave {field} out")
+    if experiment.corpus.conversations:
+        raise UserError(f"{name} is a published model, and is not asked in a template: give a corpus of documents")
+
+
 def _deciding(experiment: Experiment) -> Experiment:
     """The experiment without the seeds that decide nothing of it."""
+    if experiment.published is not None:  # nor anything else of a training
+        return Experiment(corpus=experiment.corpus, model=Model(dtype=experiment.model.dtype), published=experiment.published)
     kept, parent = {name: getattr(experiment.seeds, name) for name in experiment.deciding}, experiment.parent
     if parent is not None:
         parent = Parent(_deciding(parent.experiment), parent.step / parent.experiment.steps)
@@ -417,6 +438,8 @@ def lacking(study: Study) -> list[str]:
         said.append("No other-data control: that the classifiers find a difference which is surely there is not shown.")
     if study.experiment.parent is not None and not any(factor.path.startswith("parent") for factor in study.factors):
         said.append("All arms are children of one parent: what is said of a factor is of its children, not of those of others.")
+    if any(factor.path == "published" for factor in study.factors):
+        said.append("The arms are published models: what each was trained on, and how, is what their authors say of them.")
     for factor in study.factors:
         if len(factor.levels) < 5:
             said.append(

@@ -136,10 +136,23 @@ class Tokenizer:
           UserError: there is no such file, it is no tokenizer, or EOS is not among its special tokens.
         """
         try:
-            tokenizer = cls(path.read_bytes())
-            model = tokenizer._model
+            return cls.read(path.read_bytes(), path)
         except OSError as error:
             raise UserError(f"tokenizer {path} cannot be read ({error.strerror}): give the path of a tokenizer.json") from None
+
+    @classmethod
+    def read(cls, file: bytes, path: Path) -> "Tokenizer":
+        """The tokenizer of a file's contents.
+
+        Args:
+          path: where they are from.
+
+        Raises:
+          UserError: they are no tokenizer, or EOS is not among its special tokens.
+        """
+        tokenizer = cls(file)
+        try:
+            model = tokenizer._model
         except Exception as error:  # the library raises bare Exceptions
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is no tokenizer ({reason}): give a tokenizer.json of Hugging Face tokenizers") from None

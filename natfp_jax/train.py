@@ -367,7 +367,12 @@ def check(experiment: Experiment, store: Store, settings: Run, devices: jax.shar
 
 def check_laid(experiment: Experiment, padded: int, settings: Run, devices: jax.sharding.Mesh) -> None:
     """Raises a UserError if the experiment cannot run on this mesh, with a vocabulary of this padded size."""
-    batch, parts = experiment.data.batch, settings.microbatches
+    batch, parts, most = experiment.data.batch, settings.microbatches, experiment.model.context
+    if most is not None and experiment.data.seq_len > most:
+        raise UserError(
+            f"experiment.data.seq_len {experiment.data.seq_len} is more than experiment.model.context {most}: so long a window "
+            "has no positions; raise the one or lower the other"
+        )
     if batch % parts:
         raise UserError(f"experiment.data.batch {batch} does not divide into run.microbatches {parts}")
     name = "experiment.data.batch" if parts == 1 else f"experiment.data.batch {batch} / run.microbatches {parts} ="

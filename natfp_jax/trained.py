@@ -10,9 +10,11 @@ from pathlib import Path
 import jax
 
 from natfp_jax import checkpoint, config, files
+from natfp_jax.adopted import adopted
 from natfp_jax.chat import Chat
 from natfp_jax.config import Experiment, Model
 from natfp_jax.errors import UserError
+from natfp_jax.families import Decoder
 from natfp_jax.params import Params
 from natfp_jax.runs import RunFolder
 from natfp_jax.tokenizer import Tokenizer
@@ -30,6 +32,7 @@ class Trained:
     step: int
     params: Params
     tokenizer: Tokenizer
+    described: Decoder | None = None  # of a published model
 
     @property
     def model(self) -> Model:
@@ -45,12 +48,14 @@ class Trained:
     @property
     def end_id(self) -> int:
         """The id that ends a text."""
+        if self.described is not None:
+            return self.described.end
         return self.tokenizer.eos_id if self.chat is None else self.chat.end
 
     @property
     def context(self) -> int:
         """The tokens that it was trained on at a time."""
-        return self.experiment.data.seq_len
+        return self.experiment.data.seq_len if self.described is None else self.described.context
 
 
 def trained(path: Path, devices: jax.sharding.Mesh, tokenizer: Path | None = None) -> Trained:
@@ -66,9 +71,16 @@ def trained(path: Path, devices: jax.sharding.Mesh, tokenizer: Path | None = Non
     run, step = _place(path.resolve())  # also "." is in a folder
     owner = files.read_json(run.folder / "experiment.json", f"move {run.folder} away")
     experiment = config.from_json(Experiment, owner["experiment"])
-    found = _tokenizer(run.folder.parent.parent, str(owner["inputs"]["tokenizer"]), tokenizer)
+    ends = None
+    if experiment.published is None:
+        found = _tokenizer(run.folder.parent.parent, str(owner["inputs"]["tokenizer"]), tokenizer)
+    else:
+        model = adopted(experiment)
+        found, ends = model.tokenizer, model.source.decoder
+        if found.sha256 != owner["inputs"]["tokenizer"]:
+            raise UserError(f"{experiment.published.folder} has another tokenizer than it had for {run.folder}: put it back")
     params = load_weights(run, step, experiment, found.padded_size, devices)
-    return Trained(experiment, str(owner["fingerprint"]), step, params, found)
+    return Trained(experiment, str(owner["fingerprint"]), step, params, found, ends)
 
 
 def _place(path: Path) -> tuple[RunFolder, int]:

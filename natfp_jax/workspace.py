@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from natfp_jax import config, files, lineage, mesh, processes, texts
+from natfp_jax import adopted, config, files, lineage, mesh, processes, texts
 from natfp_jax.config import Corpus, Experiment, Study
 from natfp_jax.contrast import differences
 from natfp_jax.corpus import Store, opened, prepare
@@ -29,11 +29,14 @@ from natfp_jax.errors import UserError
 from natfp_jax.lineage import Identity, code
 from natfp_jax.lock import alone, held, holder
 from natfp_jax.member import Origin
+from natfp_jax.params import Params
 from natfp_jax.progress import Progress
 from natfp_jax.prompts import Prompts, prompts_of
 from natfp_jax.runs import RunFolder
 from natfp_jax.share import Share, dealt
 from natfp_jax.study import Arm, Draw, arms, comparisons, draws, kept_fractions, parents, settled
+from natfp_jax.tokenizer import Tokenizer
+from natfp_jax.train import load_weights
 
 __all__ = ["Workspace", "write_if_new"]
 
@@ -45,7 +48,7 @@ class Workspace:
         """`share`: what of the study this command does, of several that share it; None: all."""
         self.study, self.out, self.progress, self.share = study, out, progress, share
         self.folder = out / "studies" / study.name
-        self.arms = {arm.id: arm for arm in arms(study)}
+        self.arms, self.published = adopted.settled(arms(study))
         mine = [*self.arms.values()] if share is None else dealt([*self.arms.values()], share.tasks)[share.task]
         self.mine = {arm.id: arm for arm in mine}  # those that this command trains and draws from
         self.parents = {parent.id: parent for parent in parents(self.arms.values())}
@@ -182,6 +185,24 @@ class Workspace:
         """The token store that an arm is trained on."""
         return self._stores[arm.experiment.corpus]
 
+    def tokenizer_of(self, arm: str) -> Tokenizer:
+        """What an arm reads and writes by; all but published models share that of the base arm."""
+        return self.published[arm].tokenizer if arm in self.published else self.store.tokenizer
+
+    def end_of(self, arm: str) -> int:
+        """The id that ends an arm's texts."""
+        return self.published[arm].source.decoder.end if arm in self.published else self.store.end_id
+
+    @property
+    def reencoded(self) -> bool:
+        """Whether arms have different tokenizers, so that a text has other ids for another arm."""
+        return len({(self.tokenizer_of(arm).sha256, self.end_of(arm)) for arm in self.arms}) > 1
+
+    def params_of(self, arm: str, step: int) -> Params:
+        """An arm's parameters, laid over the mesh."""
+        padded = self.tokenizer_of(arm).padded_size
+        return load_weights(self.run_of(arm), step, self.arms[arm].experiment, padded, self.devices)
+
     @cached_property
     def identities(self) -> dict[str, Identity]:
         """Arm id, or parent's → what the experiment is, now that its corpus is known."""
@@ -189,6 +210,9 @@ class Workspace:
         known: dict[Experiment, Identity] = {}
         found = {}
         for arm in (*self.parents.values(), *self.arms.values()):  # parents first: a child's names its parent's
+            if arm.id in self.published:
+                found[arm.id] = self.published[arm.id].identity
+                continue
             store, data, parent = self.store_of(arm), arm.experiment.data, arm.experiment.parent
             pool = store.sha256, data.seq_len, data.windows, data.first
             if pool not in pools:
@@ -266,17 +290,45 @@ class Workspace:
     @property
     def context(self) -> int:
         """The most tokens that every arm has been trained on."""
-        return min(arm.experiment.data.seq_len for arm in self.arms.values())
+        return min(self._context(arm) for arm in self.arms)
+
+    def _context(self, arm: str) -> int:
+        if arm in self.published:
+            return self.published[arm].source.decoder.context
+        return self.arms[arm].experiment.data.seq_len
 
     @cached_property
     def longest_prompt(self) -> int:
-        """Its tokens, EOS with them.
+        """Its tokens, EOS with them, by whichever arm's tokenizer has the most.
 
         Raises:
-          UserError: an arm has not been trained on as many.
+          UserError: an arm has not been trained on as many, or has no positions for a text behind it.
         """
         source = self.study.sampling.prompt_file or "the corpus"
-        return self.prompts.check(self.store.tokenizer, self.context, source)
+        found = dict[str, int]()
+        for arm in self.arms:
+            tokenizer = self.tokenizer_of(arm)
+            if tokenizer.sha256 not in found:
+                found[tokenizer.sha256] = self.prompts.check(tokenizer, self.context, source)
+            self._check_room(arm, found[tokenizer.sha256])
+        return max(found.values())
+
+    def _most(self, arm: str) -> int | None:
+        """The tokens that an arm is made for at most; None: any number."""
+        return self._context(arm) if arm in self.published else self.arms[arm].experiment.model.context
+
+    def room_of(self, arm: str) -> int | None:
+        """The tokens that an arm is made for behind any prompt; None: any number."""
+        most = self._most(arm)
+        return None if most is None else most - self.longest_prompt
+
+    def _check_room(self, arm: str, longest: int) -> None:
+        most, new = self._most(arm), self.study.sampling.lengths[-1]
+        if most is not None and longest + new > most:
+            raise UserError(
+                f"arm {arm} is made for {most} tokens, a prompt has up to {longest} and its text {new} more: lower "
+                "sampling.new_tokens or sampling.prompt_chars"
+            )
 
     def draw_paths(self, one: Draw) -> list[Path]:
         """The sample files of a draw."""
@@ -296,7 +348,7 @@ class Workspace:
             "settings": files.hash_json(self.draw_settings(one)),
             "weights": self.run_of(one.arm).record(one.step)["weights"],
             "prompts": self.prompts.sha256,
-            "tokenizer": self.store.tokenizer.sha256,
+            "tokenizer": self.tokenizer_of(one.arm).sha256,
         }
 
     def left(self) -> list[str]:

@@ -184,6 +184,8 @@ _LLAMA = {
     "max_position_embeddings": CONTEXT,
     "rms_norm_eps": 1e-3,
     "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
 }
 _STRETCHED = {
     "rope_type": "llama3",
@@ -206,6 +208,8 @@ _NEOX = {
     "layer_norm_eps": 1e-3,
     "use_parallel_residual": True,
     "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
 }
 # Every number differs from what the family has by default, so that one which is not read is found.
 CONFIGS = {
@@ -231,6 +235,8 @@ CONFIGS = {
         "n_positions": CONTEXT,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     },
 }
 

@@ -17,7 +17,7 @@ from natfp_jax import config as configs
 from natfp_jax import mesh, params
 from natfp_jax.errors import UserError
 from natfp_jax.hf import imported
-from natfp_jax.published import Published, located, opened
+from natfp_jax.published import Folder, located, opened
 from natfp_jax.tokenizer import Tokenizer
 from tests.references import CONFIGS, CONTEXT, VOCABULARY, definition, greedy, ours, shapes, tensors, write
 
@@ -130,8 +130,8 @@ def test_a_model_that_is_laid_over_devices_is_the_same(shape, name, tmp_path):
 def test_a_device_is_given_its_part_and_no_more_is_read_for_it(name, most, tmp_path, monkeypatch):
     """So that a process of many can take its part of a model that it could not hold."""
     found = imported(opened(write(tmp_path, CONFIGS[name])))
-    read, before = [], Published.read
-    monkeypatch.setattr(Published, "read", lambda *args: read.append(before(*args)) or read[-1])
+    read, before = [], Folder.read
+    monkeypatch.setattr(Folder, "read", lambda *args: read.append(before(*args)) or read[-1])
     devices = mesh.make(configs.Mesh(1, 1, 4, 2), jax.devices())
     laid = mesh.param_shardings(devices, params.table(found.model, PADDED))
     one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
@@ -410,7 +410,7 @@ def test_a_model_that_transformers_wrote_has_their_logits_and_greedy_texts(name,
     torch.manual_seed(0)
     kind = transformers.CONFIG_MAPPING[CONFIGS[name]["model_type"]]
     fields = {field: value for field, value in CONFIGS[name].items() if field != "model_type"}
-    theirs = transformers.AutoModelForCausalLM.from_config(kind(**fields, bos_token_id=0, eos_token_id=0)).eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(kind(**fields)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
