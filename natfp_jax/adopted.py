@@ -96,7 +96,7 @@ def adopted(experiment: Experiment) -> Adopted:
       UserError: it cannot be had or used.
     """
     assert experiment.published is not None
-    source = imported(opened(processes.led(lambda: located(experiment.published.folder))))  # type: ignore[union-attr]
+    source = imported(opened(located(experiment.published.folder)))  # hosts need not share a disk: each has its own copy
     return Adopted(replace(experiment, model=replace(source.model, dtype=experiment.model.dtype)), source)
 
 

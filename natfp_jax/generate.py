@@ -28,8 +28,8 @@ def continuations(trained: Trained, prompt: str, texts: int, sampling: Sampling,
       sampling: its strategy, seed and number of new tokens.
 
     Raises:
-      UserError: the prompt is longer than what the model was trained on, or no UTF-8, or the strategy contradicts itself; or
-        there is nothing that a model of conversations is asked.
+      UserError: the prompt is longer than what the model was trained on, or with its texts than what it has positions for, or
+        no UTF-8, or the strategy contradicts itself; or there is nothing that a model of conversations is asked.
     """
     tokenizer, (temperature,) = trained.tokenizer, sampling.temperatures
     try:
@@ -45,6 +45,9 @@ def continuations(trained: Trained, prompt: str, texts: int, sampling: Sampling,
         raise UserError(
             f"the prompt has {len(ids)} tokens with EOS, the model was trained on {trained.context} at a time: shorten it"
         )
+    new, most = sampling.lengths[-1], trained.model.context
+    if most is not None and len(ids) + new > most:
+        raise UserError(f"the prompt's {len(ids)} tokens and {new} new ones are more than the model has positions for: {most}")
     strategy = strategy_of(sampling, temperature)
     sizes = tokenizer.size, tokenizer.padded_size, trained.end_id, _ROWS
     programs = programs_of(trained.model, strategy, *sizes, devices, sampling.cache)

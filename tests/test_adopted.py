@@ -18,18 +18,21 @@ from natfp_jax.config import (
     Attribution,
     Conversations,
     Corpus,
+    Data,
     Experiment,
     Factor,
     Lora,
     Parent,
     Perturb,
     Published,
+    Run,
     Sampling,
     Seeds,
     Stories,
     Study,
 )
 from natfp_jax.errors import UserError
+from natfp_jax.generate import continuations
 from natfp_jax.hf import export, imported
 from natfp_jax.hf import tokenizer as tokenizer_of
 from natfp_jax.lineage import weight_hash
@@ -39,7 +42,8 @@ from natfp_jax.report import report
 from natfp_jax.stages import Work
 from natfp_jax.study import arms
 from natfp_jax.tokenizer import EOS, Tokenizer
-from natfp_jax.trained import trained
+from natfp_jax.train import check_laid
+from natfp_jax.trained import Trained, trained
 from tests.references import CONFIGS, VOCABULARY, tensors, write
 
 CORPUS = Corpus(source=Stories(count=600), vocabulary=300, validation_fraction=0.1, prompt_fraction=0.4, shards=2)
@@ -328,6 +332,16 @@ def test_so_are_texts_that_it_cannot_write(names, changes, said, folders, one_de
     given = study(folders, *names)
     with pytest.raises(UserError, match=said):
         worked(tmp_path, replace(given, sampling=replace(given.sampling, **changes)), one_device, "corpus")
+
+
+def test_nor_is_anything_written_where_there_are_no_positions(one_device, tmp_path):
+    found = adopted(Experiment(published=Published("a", str(folder(tmp_path / "a", CONFIGS["gpt2"], byte_level("a fox"), 1)))))
+    model = Trained(found.experiment, "f", 0, found.source.params(384), found.tokenizer, found.source.decoder)
+    with pytest.raises(UserError, match="tokens and 64 new ones are more than the model has positions for: 64"):
+        continuations(model, "the fox", 1, Sampling(new_tokens=64), one_device)
+    data = Data(seq_len=65, windows=8, batch=8)
+    with pytest.raises(UserError, match="seq_len 65 is more than experiment.model.context 64"):
+        check_laid(Experiment(model=found.experiment.model, data=data), 384, Run(), one_device)
 
 
 def test_a_name_is_no_part_of_what_it_is(folders):
