@@ -104,7 +104,8 @@ class Decoder:
 
     Attributes:
       vocabulary: rows of the embedding.
-      context: the most tokens that it computes as published.
+      context: the tokens that it was trained on at a time.
+      limit: the most tokens that are computed here as published; None: any number.
       begin: the id that comes before a text.
       end: the id that ends one.
       notes: what a reader must know of it.
@@ -113,6 +114,7 @@ class Decoder:
     model: Model
     vocabulary: int
     context: int
+    limit: int | None
     begin: int
     end: int
     notes: tuple[str, ...] = ()
@@ -127,7 +129,7 @@ class _Config(pydantic.BaseModel):
     bos_token_id: _Id | None = None
     eos_token_id: _Id | Annotated[list[_Id], pydantic.Field(min_length=1)] | None = None
 
-    def described(self, model: Model, context: int, *notes: str) -> Decoder:
+    def described(self, model: Model, context: int, limit: int | None = None, *notes: str) -> Decoder:
         """The decoder with what all families say alike.
 
         Raises:
@@ -141,7 +143,7 @@ class _Config(pydantic.BaseModel):
             raise UserError("bos_token_id and eos_token_id are missing: give the ids that begin and end a text")
         if wrong := [one for one in ids if one >= self.vocab_size]:
             raise UserError(f"the ids {', '.join(map(str, wrong))} that begin or end a text are none of {self.vocab_size}")
-        return Decoder(model, self.vocab_size, context, ids[0], (ends or ids)[0], tuple(said))
+        return Decoder(model, self.vocab_size, context, limit, ids[0], (ends or ids)[0], tuple(said))
 
 
 class _Rope(pydantic.BaseModel):
@@ -215,7 +217,7 @@ class _Llama(_Config):
         )
         if (window := self._window()) is not None and window < self.max_position_embeddings:
             note = f"attends to the last {window} tokens alone: with so many at most, that is no difference"
-            return self.described(model, window, note)
+            return self.described(model, window, window, note)
         return self.described(model, self.max_position_embeddings)
 
     def _window(self) -> int | None:
@@ -311,7 +313,7 @@ class _GPT2(_Config):
             context=self.n_positions,
             norm_epsilon=self.layer_norm_epsilon,
         )
-        return self.described(model, self.n_positions)
+        return self.described(model, self.n_positions, self.n_positions)
 
 
 def _gelu(field_name: str, given: str) -> Literal["gelu", "gelu_exact"]:

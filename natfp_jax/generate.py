@@ -45,9 +45,9 @@ def continuations(trained: Trained, prompt: str, texts: int, sampling: Sampling,
         raise UserError(
             f"the prompt has {len(ids)} tokens with EOS, the model was trained on {trained.context} at a time: shorten it"
         )
-    new, most = sampling.lengths[-1], trained.model.context
+    new, most = sampling.lengths[-1], trained.limit
     if most is not None and len(ids) + new > most:
-        raise UserError(f"the prompt's {len(ids)} tokens and {new} new ones are more than the model has positions for: {most}")
+        raise UserError(f"the prompt's {len(ids)} tokens and {new} new ones are more than the model can have: {most}")
     strategy = strategy_of(sampling, temperature)
     sizes = tokenizer.size, tokenizer.padded_size, trained.end_id, _ROWS
     programs = programs_of(trained.model, strategy, *sizes, devices, sampling.cache)

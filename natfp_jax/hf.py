@@ -28,7 +28,7 @@ from natfp_jax.tokenizer import EOS, Tokenizer
 
 __all__ = ["Imported", "export", "imported", "tokenizer"]
 
-_PRUNED = 8  # names of tensors that are told of
+_TOLD = 8  # names of tensors that are told of
 
 
 # --- import -----------------------------------------------------------------------------------------------------------
@@ -135,10 +135,10 @@ def imported(source: Folder) -> Imported:
     idle = {families.LLAMA.parameters["head"].name} if decoder.model.tied else set()  # tied, it is the embedding again
     others = [name for name in sorted(source.tensors) if name not in known | idle and not family.idle.fullmatch(name)]
     if others:
-        more = f" and {len(others) - _PRUNED} more" if len(others) > _PRUNED else ""
+        more = f" and {len(others) - _TOLD} more" if len(others) > _TOLD else ""
         raise UserError(
             f"{source.folder} has tensors that a {source.config['model_type']} of its config.json has not: "
-            f"{', '.join(others[:_PRUNED])}{more}: the model is another one, and would be computed wrongly"
+            f"{', '.join(others[:_TOLD])}{more}: the model is another one, and would be computed wrongly"
         )
     return found
 

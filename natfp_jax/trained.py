@@ -57,6 +57,11 @@ class Trained:
         """The tokens that it was trained on at a time."""
         return self.experiment.data.seq_len if self.described is None else self.described.context
 
+    @property
+    def limit(self) -> int | None:
+        """The tokens that it can have at most; None: any number."""
+        return self.model.context if self.described is None else self.described.limit
+
 
 def trained(path: Path, devices: jax.sharding.Mesh, tokenizer: Path | None = None) -> Trained:
     """Opens OUT/runs/RUN/checkpoints/STEP, or the last checkpoint of OUT/runs/RUN.

@@ -314,11 +314,11 @@ class Workspace:
         return max(found.values())
 
     def _most(self, arm: str) -> int | None:
-        """The tokens that an arm is made for at most; None: any number."""
-        return self._context(arm) if arm in self.published else self.arms[arm].experiment.model.context
+        """The tokens that an arm can have at most; None: any number."""
+        return self.published[arm].source.decoder.limit if arm in self.published else self.arms[arm].experiment.model.context
 
     def room_of(self, arm: str) -> int | None:
-        """The tokens that an arm is made for behind any prompt; None: any number."""
+        """The tokens that an arm can have behind any prompt; None: any number."""
         most = self._most(arm)
         return None if most is None else most - self.longest_prompt
 
@@ -326,7 +326,7 @@ class Workspace:
         most, new = self._most(arm), self.study.sampling.lengths[-1]
         if most is not None and longest + new > most:
             raise UserError(
-                f"arm {arm} is made for {most} tokens, a prompt has up to {longest} and its text {new} more: lower "
+                f"arm {arm} can have {most} tokens, a prompt has up to {longest} and its text {new} more: lower "
                 "sampling.new_tokens or sampling.prompt_chars"
             )
 

@@ -97,6 +97,8 @@ def folders(tmp_path_factory):
         "one": folder(root / "one", CONFIGS["neox"], one, 1),
         "two": folder(root / "two", CONFIGS["neox"], one, 2),
         "far": folder(root / "far", CONFIGS["llama"], pieces(), 3, begin=1, end=2),
+        "short": folder(root / "short", CONFIGS["gpt2"], one, 4),
+        "window": folder(root / "window", CONFIGS["mistral"], one, 5),
     }
 
 
@@ -324,7 +326,8 @@ def test_what_is_not_done_to_a_published_model_is_refused(changes, said, folders
 @pytest.mark.parametrize(
     ("names", "changes", "said"),
     [
-        (("one", "two"), {"new_tokens": 60}, "arm one is made for 64 tokens, a prompt has up to"),
+        (("one", "short"), {"new_tokens": 60}, "arm short can have 64 tokens, a prompt has up to"),
+        (("one", "window"), {"new_tokens": 48}, "arm window can have 50 tokens, a prompt has up to"),
         (("one", "far"), {"new_tokens": (4, 8)}, "arms of different tokenizers share no lengths"),
     ],
 )
@@ -337,11 +340,18 @@ def test_so_are_texts_that_it_cannot_write(names, changes, said, folders, one_de
 def test_nor_is_anything_written_where_there_are_no_positions(one_device, tmp_path):
     found = adopted(Experiment(published=Published("a", str(folder(tmp_path / "a", CONFIGS["gpt2"], byte_level("a fox"), 1)))))
     model = Trained(found.experiment, "f", 0, found.source.params(384), found.tokenizer, found.source.decoder)
-    with pytest.raises(UserError, match="tokens and 64 new ones are more than the model has positions for: 64"):
+    with pytest.raises(UserError, match="tokens and 64 new ones are more than the model can have: 64"):
         continuations(model, "the fox", 1, Sampling(new_tokens=64), one_device)
     data = Data(seq_len=65, windows=8, batch=8)
-    with pytest.raises(UserError, match="seq_len 65 is more than experiment.model.context 64"):
+    with pytest.raises(UserError, match=r"seq_len 65 is more than experiment.model.context 64"):
         check_laid(Experiment(model=found.experiment.model, data=data), 384, Run(), one_device)
+
+
+def test_rotary_models_may_go_on_beyond_what_they_were_trained_on(folders, one_device, tmp_path):
+    """As our own may."""
+    given = study(folders, "one", "two")
+    work = worked(tmp_path, replace(given, sampling=replace(given.sampling, new_tokens=80)), one_device, "corpus")
+    assert work.longest_prompt + 80 > 64
 
 
 def test_a_name_is_no_part_of_what_it_is(folders):
