@@ -17,9 +17,19 @@ import re
 from natfp_jax.config import Corpus, Experiment, Factor, MachineDocs, Published, Sampling, Study
 
 
+def names(folders: tuple[str, ...]) -> list[str]:
+    """What each is called: as much of the end of its name as tells them all apart."""
+    parts = [re.split(r"[/@]+", folder.removeprefix("hf://").strip("/")) for folder in folders]
+    for count in range(1, max(map(len, parts)) + 1):
+        found = [re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(some[-count:])).strip("-.") for some in parts]
+        if len(set(found)) == len(found):
+            break
+    return found
+
+
 def study(models: tuple[str, ...] = ("models/one", "models/other")) -> Study:
-    """The study of these folders; a model is called by the last part of its folder's name."""
-    named = [Published(re.sub(r"[^A-Za-z0-9._-]", "-", folder.rstrip("/").rpartition("/")[2]), folder) for folder in models]
+    """The study of these folders."""
+    named = [Published(name, folder) for name, folder in zip(names(models), models, strict=True)]
     return Study(
         name="published",
         experiment=Experiment(corpus=Corpus(source=MachineDocs(), vocabulary=2048)),

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from natfp_jax import config, mesh, processes
+from natfp_jax import checkpoint, config, mesh, processes
 from natfp_jax.checkpoint import Checkpoints
 from natfp_jax.config import Experiment
 from natfp_jax.errors import UserError
@@ -61,13 +61,22 @@ class Adopted:
         Raises:
           UserError: a number is not finite, the folder of the run is another's, or there is no room.
         """
+        # Each process reads its own part, perhaps of a copy on a disk of its own.
+        processes.agree({f"files of {self.source.source.folder}": hash_json(self.source.source.identity)})
         processes.led(lambda: run.claim(self.experiment, self.identity))
+        processes.led(lambda: self._clear(run))
         if processes.led(lambda: bool(run.missing([0]))):
             specs = table(self.experiment.model, self.tokenizer.padded_size)
             tree = self.source.params(self.tokenizer.padded_size, mesh.param_shardings(devices, specs))
             with Checkpoints(run.checkpoints) as checkpoints:
                 checkpoints.save(0, tree, None, self._record(weight_hash(tree), devices))
         processes.led(lambda: run.finish(self.identity))
+
+    @staticmethod
+    def _clear(run: RunFolder) -> None:
+        """Removes what was saved but not sealed before a kill."""
+        if run.missing([0]) and (run.checkpoints / "0").exists():
+            checkpoint.remove(run.checkpoints, 0)
 
     def _record(self, weights: str, devices: jax.sharding.Mesh) -> dict[str, Any]:
         """As of a trained arm, with what is not known of it left open."""

@@ -62,7 +62,7 @@ class Analysis:
         return [
             text
             for one, table in self.drawn.items()
-            for text in self.work.tokenizer_of(one.arm).decode_batch([ids[:length] for ids in table["ids"].to_pylist()])
+            for text in self.work.written(one.arm, self.work.prompts, [ids[:length] for ids in table["ids"].to_pylist()])
         ]
 
     def made(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from natfp_jax import mesh, platforms
 from natfp_jax.blocks import row_blocks
-from natfp_jax.config import LongRope
+from natfp_jax.config import Llama3Rope
 from natfp_jax.mesh import Devices
 
 __all__ = ["Rotary", "causal", "masked", "rotate"]
@@ -27,7 +27,7 @@ class Rotary(NamedTuple):
 
     theta: float
     width: int  # of a head the first so many dimensions; an even number
-    scaling: LongRope | None = None
+    scaling: Llama3Rope | None = None
 
     @property
     def frequency(self) -> jax.Array:

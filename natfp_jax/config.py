@@ -23,7 +23,7 @@ __all__ = [
     "Data",
     "Experiment",
     "Factor",
-    "LongRope",
+    "Llama3Rope",
     "Lora",
     "MachineDocs",
     "MachineQA",
@@ -174,7 +174,7 @@ class Corpus(Strict):
 
 
 @dataclass(frozen=True)
-class LongRope(Strict):
+class Llama3Rope(Strict):
     """How Llama 3.1 stretches rotary positions: what turns slowly is slowed by `factor`, what turns fast is left as it is."""
 
     factor: PositiveFloat = 8.0
@@ -210,7 +210,7 @@ class Model(Strict):
     rope_fraction: Annotated[float, pydantic.Field(gt=0, le=1)] = (
         1.0  # of a head's dimensions, the first ones, that are rotated
     )
-    rope_scaling: LongRope | None = None
+    rope_scaling: Llama3Rope | None = None
     norm_epsilon: PositiveFloat = 1e-6
     init_scale: PositiveFloat = 0.02  # standard deviation of the embedding; the other parameters' are in params.table
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are always float32

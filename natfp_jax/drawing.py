@@ -148,7 +148,7 @@ def _weights(work: Workspace, arm: str, step: int) -> Params:
 
 
 def _write(work: Workspace, one: Draw, number: int, prompts: Prompts, drawn: Drawn, programs: Programs) -> None:
-    n, tokenizer = len(prompts), work.tokenizer_of(one.arm)
+    n = len(prompts)
     ids = texts.ragged(drawn.id_NW, drawn.length_N)
     columns = {
         "draw": [one.number] * n,
@@ -161,7 +161,7 @@ def _write(work: Workspace, one: Draw, number: int, prompts: Prompts, drawn: Dra
         "text": [
             text
             for first in range(0, n, _TOGETHER)
-            for text in tokenizer.decode_batch(ids[first : first + _TOGETHER].to_pylist())
+            for text in work.written(one.arm, prompts.part(first, _TOGETHER), ids[first : first + _TOGETHER].to_pylist())
         ],
         "ids": ids,
         "log_probabilities": texts.ragged(drawn.log_p_NW, drawn.length_N),

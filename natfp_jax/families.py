@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pydantic
 
-from natfp_jax.config import LongRope, Model
+from natfp_jax.config import Llama3Rope, Model
 from natfp_jax.errors import UserError
 from natfp_jax.params import dims, table
 
@@ -160,7 +160,7 @@ class _Rope(pydantic.BaseModel):
     high_freq_factor: _Number | None = None
     original_max_position_embeddings: _Size | None = None
 
-    def scaling(self) -> LongRope | None:
+    def scaling(self) -> Llama3Rope | None:
         """How positions are stretched.
 
         Raises:
@@ -172,7 +172,7 @@ class _Rope(pydantic.BaseModel):
         numbers = self.factor, self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
         if kind != "llama3" or None in numbers:
             raise UserError(f'rope_type "{kind}" is not known here, with what goes with it; expected "default" or "llama3"')
-        return LongRope(*numbers)  # type: ignore[arg-type]
+        return Llama3Rope(*numbers)  # type: ignore[arg-type]
 
 
 class _Llama(_Config):
@@ -224,6 +224,10 @@ class _Llama(_Config):
         """The tokens that some layer attends to at most."""
         sliding = self.layer_types is None or "sliding_attention" in self.layer_types
         return self.sliding_window if sliding and self.use_sliding_window is not False else None
+
+
+class _Mistral(_Llama):
+    sliding_window: _Size | None = 4096  # as transformers have it, where nothing is said
 
 
 class _Qwen2(_Llama):
@@ -442,7 +446,7 @@ _GPT_2 = Family(
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
-    "mistral": _kin(_Llama.model_validate),
+    "mistral": _kin(_Mistral.model_validate),
     "qwen2": _kin(_Qwen2.model_validate),
     "qwen3": _kin(_Qwen3.model_validate),
     "gpt_neox": _NEOX,

@@ -144,6 +144,8 @@ def verdicts(summary: Summary) -> list[str]:
         found = "; ".join(_finding(row) for row in _decisive(group))
         low, _ = row["ceiling_ci95"]
         proof = "the models differ" if low > row["chance"] else "that the models differ is not shown"
+        if summary.get("reencoded"):
+            proof = "no bound, since tokenizers differ"
         bounds = f"chance {percent(row['chance'])} %, ceiling {interval(row, 'ceiling', 'ceiling_ci95')} %: {proof}"
         said.append(f"{titled(row)} at step {step}: {found}; {bounds}.")
     said += _apart(summary) + _components(summary)
@@ -282,10 +284,7 @@ def coverage(summary: Summary) -> list[str]:
         f"on them too, and so was the penalty of a classifier of counts. *Seen*: p Holm < {SIGNIFICANT}. *Not seen*: the "
         f"interval of the accuracy ends below chance and {100 * LEAST_EXCESS:g} points, the least excess that is of interest. "
         "Anything else is not decided at this power.",
-        "The ceiling is the accuracy of the likelihood itself on the same texts: no classifier can be better but by chance. "
-        "Where its interval lies above chance, the models differ, whether or not a classifier finds it. The share is how much "
-        "of the ceiling's excess over chance a classifier reads.",
-        *([_REENCODED] if summary.get("reencoded") else []),
+        _REENCODED if summary.get("reencoded") else _CEILING,
         "A decision on several texts adds up their log-probabilities; the groups of prompts are the same for all classifiers "
         "and for the ceiling, and the interval resamples groups.",
         "Accuracies of comparisons with different numbers of classes are not comparable; AUC (mean over pairs of classes) and "
@@ -296,9 +295,15 @@ def coverage(summary: Summary) -> list[str]:
     ]
 
 
+_CEILING = (
+    "The ceiling is the accuracy of the likelihood itself on the same texts: no classifier can be better but by chance. "
+    "Where its interval lies above chance, the models differ, whether or not a classifier finds it. The share is how much "
+    "of the ceiling's excess over chance a classifier reads."
+)
 _REENCODED = (
-    "Arms have different tokenizers. An arm's own texts count by the ids that it drew, those of others by the ids that its own "
-    "tokenizer gives them, one way of many to write a text: the ceiling is an estimate then, and no bound."
+    "Arms have different tokenizers, so that a text has other ids for each of them: every arm counts it by those that its own "
+    "tokenizer gives it, one way of many to write it. The ceiling is an estimate then, and no bound, and nothing is concluded "
+    "from it."
 )
 _LEVELS = (
     "Two levels in general: the interval resamples levels and documents. Of five to ten levels that differ much it is a little "

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 
 from natfp_jax import config, families, files
 from natfp_jax.config import Model
@@ -93,6 +94,8 @@ class Imported:
         # Rows of the embedding that it has not: they are padding, and zero.
         most = [size[letter] for letter in letters]
         there = [range(min(one.start, length), min(one.stop, length)) for one, length in zip(ranges, most, strict=True)]
+        if not all(map(len, there)):
+            return np.zeros([len(one) for one in ranges], np.float32)
         cuts = {letter: one for letter, one in zip(letters, there, strict=True) if len(one) < size[letter]}
         local, read, rest = dict(size), list[slice](), dict(cuts)
         for group, whole in zip(lies.axes.split(), lies.shape(size), strict=True):
@@ -132,7 +135,8 @@ def imported(source: Folder) -> Imported:
                     f"{tensor.file}: {name} has the shape {list(tensor.shape)}, expected {list(lies.shape(size))} by its "
                     "config.json: get both again"
                 )
-    idle = {families.LLAMA.parameters["head"].name} if decoder.model.tied else set()  # tied, it is the embedding again
+    # Tied, it is the embedding again.
+    idle = {"lm_head.weight", family.parameters["head"].name} if decoder.model.tied else set()
     others = [name for name in sorted(source.tensors) if name not in known | idle and not family.idle.fullmatch(name)]
     if others:
         more = f" and {len(others) - _TOLD} more" if len(others) > _TOLD else ""
@@ -146,35 +150,79 @@ def imported(source: Folder) -> Imported:
 def tokenizer(source: Folder, decoder: Decoder) -> Tokenizer:
     """The tokenizer of a folder as one of ours: the same ids, and what begins a text is called EOS.
 
-    It puts nothing around a text and cuts none, and a special token in a text is text, as in ours.
+    It puts nothing around a text and cuts none, and a special token in a text is text, as in ours. Its bytes are the same
+    whatever version of its library has written the file.
 
     Raises:
       UserError: the file is none, what begins a text is no token of its own, or it has more ids than the embedding rows.
     """
     path = source.tokenizer
-    file = read_json(path)
     try:
-        added = {token["id"]: token for token in file.get("added_tokens") or []}
-        entries = file["model"]["vocab"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is no tokenizer ({type(error).__name__}: {error}): get it again") from None
+        file = _TokenizerFile.model_validate(read_json(path))
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{path} is no tokenizer ({place}: {problem['msg']}): get it again") from None
+    added = {token.id: token for token in file.added_tokens}
     if decoder.begin not in added:
         raise UserError(f"{path}: the id {decoder.begin}, which begins a text, is no added token: give another folder")
-    name = added[decoder.begin].get("content")
-    if name != EOS and any(token.get("content") == EOS for token in added.values()):
+    name = added[decoder.begin].content
+    if name != EOS and any(token.content == EOS for token in added.values()):
         raise UserError(f"{path}: {EOS} is not what begins a text there: rename it")
-    added[decoder.begin] |= {"content": EOS, "special": True}
-    if isinstance(entries, dict):
-        file["model"]["vocab"] = {EOS if entry == name else entry: number for entry, number in entries.items()}
-    else:  # pairs of a token and its score
-        file["model"]["vocab"] = [[EOS, *rest] if entry == name else [entry, *rest] for entry, *rest in entries]
-    plain = {"truncation": None, "padding": None, "post_processor": None}
-    found = Tokenizer.read(json.dumps({**file, **plain}, ensure_ascii=False).encode(), path)
-    if found.size > decoder.vocabulary or found.eos_id != decoder.begin:
+    added[decoder.begin].content = EOS
+    for one in {decoder.begin, decoder.end} & added.keys():
+        added[one].special = True  # else they would stand in texts
+    model = file.model
+    if isinstance(model.vocab, dict):
+        model.vocab = {EOS if entry == name else entry: number for entry, number in model.vocab.items()}
+    else:
+        model.vocab = [(EOS if entry == name else entry, score) for entry, score in model.vocab]
+    if model.merges is not None:  # older versions wrote pairs as one text
+        model.merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.merges]
+    plain = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
+    try:
+        written = json.dumps({**file.model_dump(), **plain}, ensure_ascii=False, sort_keys=True).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} is no tokenizer ({error}): get it again") from None
+    found = Tokenizer.read(written, path)
+    if found.size > decoder.vocabulary:
         raise UserError(
             f"{path} has ids up to {found.size - 1}, its embedding {decoder.vocabulary} rows: the two are not of one model"
         )
+    if found.eos_id != decoder.begin:
+        raise UserError(f"{path}: what begins a text has the id {found.eos_id} there, {decoder.begin} by its config.json")
     return found
+
+
+class _Added(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="allow", strict=True)
+
+    id: int
+    content: str
+    special: bool = False
+
+
+class _TokenizerModel(pydantic.BaseModel):
+    """With what some versions leave out where it is so, since other versions write it."""
+
+    model_config = pydantic.ConfigDict(extra="allow", strict=True)
+
+    vocab: dict[str, int] | list[tuple[str, float]]
+    merges: list[str | list[str]] | None = None
+    dropout: float | None = None
+    unk_token: str | None = None
+    continuing_subword_prefix: str | None = None
+    end_of_word_suffix: str | None = None
+    fuse_unk: bool = False
+    byte_fallback: bool = False
+    ignore_merges: bool = False
+
+
+class _TokenizerFile(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="allow", strict=True)
+
+    added_tokens: list[_Added]
+    model: _TokenizerModel
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -286,7 +334,7 @@ def _config(model: Model, tokenizer: Tokenizer, context: int, end: int) -> dict[
     }
 
 
-def _scaling(given: config.LongRope) -> dict[str, Any]:
+def _scaling(given: config.Llama3Rope) -> dict[str, Any]:
     return {
         "rope_type": "llama3",
         "factor": given.factor,

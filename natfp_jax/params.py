@@ -73,6 +73,8 @@ def dims(model: Model, vocabulary: int) -> dict[str, int]:
             f"heads are {head_width} wide (model.head_width, or else model.width / model.heads), of which a part of "
             f"{model.rope_fraction} is rotated (model.rope_fraction): rotary needs an even width, and two dimensions to turn"
         )
+    if model.rope_scaling is not None and model.rope_scaling.low >= model.rope_scaling.high:
+        raise UserError(f"model.rope_scaling.low {model.rope_scaling.low} is not below its high {model.rope_scaling.high}")
     if model.positions == "learned" and model.context is None:
         raise UserError("model.positions are learned: give model.context, how many there are")
     if heads % kv_heads:

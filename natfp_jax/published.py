@@ -1,7 +1,7 @@
 """A folder of a published model, in Hugging Face's layout, read without trust in it.
 
-Owns where such a folder is had from, what has to be in it, and that nothing of it is run, unpickled or followed out of it. Must
-not know what a tensor is for.
+Owns where such a folder is had from, what has to be in it, and that nothing of it is run or unpickled, and no name in it leads
+out of it (links do: the hub's cache is made of them). Must not know what a tensor is for.
 
     config.json                                  what the model is
     model.safetensors                            its tensors, or
@@ -27,6 +27,7 @@ __all__ = ["HUB", "Folder", "Tensor", "located", "opened", "read_json"]
 HUB = "hf://"  # before OWNER/NAME, or OWNER/NAME@REVISION
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WANTED = [CONFIG, TOKENIZER, "model*.safetensors", _INDEX]
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _MOST = 1 << 28  # bytes of a JSON file
 _NUMBERS = {"F64", "F32", "F16", "BF16"}
@@ -49,7 +50,7 @@ def located(place: str) -> Path:
     except ImportError:
         raise UserError(f"{place}: the hub needs an extra: pip install 'natfp-jax[hf]'") from None
     try:
-        return Path(snapshot_download(named[1], revision=named[2], allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(named[1], revision=named[2], allow_patterns=_WANTED))
     except Exception as error:  # of its own, of its transport, of the network
         said = " ".join(str(error).split())[:160]
         raise UserError(

@@ -57,10 +57,15 @@ def summarise(work: Workspace) -> Summary:
         "numerics": _numerics(work, records),
         "settings": {name: config.to_json(getattr(work.study, name)) for name in ("sampling", "attribution")},
         "reencoded": work.reencoded,
-        "lacking": lacking(work.study),
+        "lacking": [*lacking(work.study), *_notes(work)],
     }
     shown = files.hash_json({"version": __version__, **summary})
     return {**summary, "inputs": {"attribution": attributed["inputs"], "summary": shown}}
+
+
+def _notes(work: Workspace) -> list[str]:
+    """What a reader must know of each published model."""
+    return [f"Arm {name} {note}." for name, model in work.published.items() for note in model.source.decoder.notes]
 
 
 def _timings(path: Path) -> dict[str, Any]:
@@ -146,7 +151,12 @@ def _numerics(work: Workspace, records: dict[str, dict[int, dict[str, Any]]]) ->
 def _behind(
     work: Workspace, records: dict[str, dict[int, dict[str, Any]]], arm: Arm, until: int, generation: int = 0
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of all checkpoints that a checkpoint descends from, and its own; its parent's are of generation 1."""
+    """The records of all checkpoints that a checkpoint descends from, and its own; its parent's are of generation 1.
+
+    How a published model was trained is not on record.
+    """
+    if arm.id in work.published:
+        return
     yield from ((generation, record) for step, record in records[arm.id].items() if step <= until)
     parent, named = work.parent_of(arm), arm.experiment.parent
     if parent is not None and named is not None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from natfp_jax import mesh, processes, texts
 from natfp_jax.ceiling import log_likelihoods
@@ -74,7 +73,7 @@ def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) ->
     with work.progress.task("likelihood ceiling", sum(map(len, unknown.values())) * len(test), "texts") as advance:
         for model, some in unknown.items():
             arm, step = checkpoints[model]
-            ids = {one: _ids(work, one, arm, drawn[one].take(test)) for one in some}
+            ids = {one: drawn[one].take(test) if work.reencoded else drawn[one]["ids"].take(test) for one in some}
             for one, log_p_NW in zip(some, _under(work, arm, step, ids, test, advance), strict=True):
                 if np.isneginf(log_p_NW).any():
                     cut[one, model] = log_p_NW
@@ -86,6 +85,11 @@ def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) ->
         own_NW = cut.get((one, models[one.arm, one.step]))
         lost_NW = np.isneginf(log_p_NW) & np.isneginf(own_NW) if own_NW is not None else np.zeros_like(log_p_NW, bool)
         known[one, model] = summed(np.where(lost_NW, recorded(one)[:, : log_p_NW.shape[1]], log_p_NW))
+    for one in drawn:  # nothing is concluded from a text that some arm cannot have
+        own = [known[pair] for pair in known if pair[0] == one]
+        beyond_N = np.any([np.isnan(found).any(1) for found in own], axis=0) if own else np.zeros(0, bool)
+        for found in own:
+            found[beyond_N] = 0.0
     return {(one, *pair): known[one, models[pair]] for pair, compared in pairs.items() for one in compared}
 
 
@@ -94,18 +98,23 @@ def _writing(work: Workspace, arm: str) -> tuple[str, int]:
     return work.tokenizer_of(arm).sha256, work.end_of(arm)
 
 
-def _ids(work: Workspace, one: Draw, arm: str, rows: Any) -> Any:
-    """The ids of a draw's texts, as an arm has them.
+def _anew(work: Workspace, one: Draw, arm: str, rows: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and texts of a draw as an arm's tokenizer writes them, and its own end where a text had come to one.
 
-    Of another tokenizer they are the texts encoded anew, and its own end where the text had come to one. That is one way to
-    write a text, the usual one, of many: less than the text's whole probability.
+    That is one way to write a text, the usual one, of many: less than the text's whole probability. The arm that has drawn it
+    has no other: by the ids that it drew it would be known, though its text is another's too.
     """
-    if _writing(work, one.arm) == _writing(work, arm):
-        return rows["ids"]
-    tokenizer, room = work.tokenizer_of(arm), work.room_of(arm)
+    tokenizer, end = work.tokenizer_of(arm), work.end_of(arm)
     ended = [work.end_of(one.arm) in ids[-1:] for ids in rows["ids"].to_pylist()]
-    encoded = tokenizer.encode_batch(rows["text"].to_pylist())
-    return pa.array([[*ids, *[work.end_of(arm)] * end][:room] for ids, end in zip(encoded, ended, strict=True)])
+    before, texts_N = rows["prompt"].to_pylist(), rows["text"].to_pylist()
+    whole = tokenizer.encode_batch([prompt + text for prompt, text in zip(before, texts_N, strict=True)])
+    prompts, continuations = [], []
+    for ids, alone, done in zip(whole, tokenizer.encode_batch(before), ended, strict=True):
+        # Where the two meet, a token may be of both: it is the text's.
+        shared = next((n for n, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), min(len(ids), len(alone)))
+        prompts.append([tokenizer.eos_id, *ids[:shared]])
+        continuations.append([*ids[shared:], *[end] * done])
+    return prompts, continuations
 
 
 def _by_sampler(work: Workspace, arm: str) -> bool:
@@ -131,6 +140,13 @@ def _under(
     encoded, ways = prompts.encoded(tokenizer), mesh.text_ways(work.devices)
     batch = max(_ROWS // ways, 1) * ways
     for one, column in ids.items():
-        strategy, drawn = strategy_of(sampling, one.drawn_at(sampling)), column.to_pylist()
-        yield log_likelihoods(params, encoded, drawn, experiment.model, strategy, tokenizer.size, batch, work.devices)
+        strategy = strategy_of(sampling, one.drawn_at(sampling))
+        begun, drawn = _anew(work, one, arm, column) if work.reencoded else (encoded, column.to_pylist())
+        most = work.limit_of(arm)
+        fits = [most is None or len(a) + len(b) <= most for a, b in zip(begun, drawn, strict=True)]
+        # What an arm has no positions for says nothing: all arms count such a text as equally likely, below.
+        drawn = [ids if fit else [] for ids, fit in zip(drawn, fits, strict=True)]
+        found_NW = log_likelihoods(params, begun, drawn, experiment.model, strategy, tokenizer.size, batch, work.devices)
+        found_NW[~np.array(fits)] = np.nan
+        yield found_NW
         advance(len(drawn))

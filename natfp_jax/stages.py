@@ -17,7 +17,7 @@ import numpy as np
 from natfp_jax import attribution, config, encoder, files, processes, scoring, texts
 from natfp_jax.analysis import Analysis
 from natfp_jax.cohort import fitting, standing
-from natfp_jax.config import Study
+from natfp_jax.config import Sampling, Study
 from natfp_jax.drawing import sample
 from natfp_jax.errors import Failed, UserError
 from natfp_jax.lock import alone
@@ -34,6 +34,7 @@ from natfp_jax.workspace import Workspace, write_if_new
 
 __all__ = ["Work"]
 
+_TRUNCATES = ("top_k", "top_p", "min_p", "repetition_penalty", "greedy")
 _RECIPE = 4  # raised when a change of the code attributes the same texts otherwise
 
 
@@ -87,6 +88,11 @@ class Work(Workspace):
         if self.reencoded and len(sampling.lengths) > 1:
             raise UserError(
                 f"sampling.new_tokens {list(sampling.lengths)}: arms of different tokenizers share no lengths; give one"
+            )
+        if self.reencoded and (cut := [name for name in _TRUNCATES if getattr(sampling, name) != getattr(Sampling(), name)]):
+            raise UserError(
+                f"sampling.{cut[0]} {getattr(sampling, cut[0])}: arms of different tokenizers are compared by whole "
+                "distributions, since one never draws by the ids of another; leave it out"
             )
         for temperature in sampling.temperatures:
             strategy_of(sampling, temperature)

@@ -209,7 +209,9 @@ def arms(study: Study) -> list[Arm]:
                 "of a corpus only corpus.source can be a factor"
             )
     if len(factors) > 1 and any(factor.path.split(".")[0] == "published" for factor in factors):
-        raise UserError("a factor of published models stands alone: nothing else can be varied of what is not trained here")
+        raise UserError(
+            "a factor of published models stands alone: give each model as a level, and leave the other factors out"
+        )
     if len({factor.name for factor in factors}) < len(factors):
         raise UserError(f"two factors share a name: {[factor.path for factor in factors]}")
 
@@ -439,7 +441,7 @@ def lacking(study: Study) -> list[str]:
     if study.experiment.parent is not None and not any(factor.path.startswith("parent") for factor in study.factors):
         said.append("All arms are children of one parent: what is said of a factor is of its children, not of those of others.")
     if any(factor.path == "published" for factor in study.factors):
-        said.append("The arms are published models: what each was trained on, and how, is what their authors say of them.")
+        said.append("Of published models it is not shown what each was trained on, and how: their authors say it.")
     for factor in study.factors:
         if len(factor.levels) < 5:
             said.append(

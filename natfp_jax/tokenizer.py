@@ -103,6 +103,16 @@ class Tokenizer:
         """The text of `ids`; broken UTF-8 becomes U+FFFD, special and padding ids contribute nothing."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def continued(self, prompts: Sequence[Sequence[int]], several: Sequence[Sequence[int]]) -> list[str]:
+        """The text that each of `several` adds to its prompt: alone some tokenizers would leave out the space it begins with.
+
+        Where the end of the prompt reads otherwise with what follows, as of broken UTF-8 it may, it is the text alone.
+        """
+        before, alone = self.decode_batch(prompts), self.decode_batch(several)
+        whole = self.decode_batch([[*prompt, *ids] for prompt, ids in zip(prompts, several, strict=True)])
+        found = zip(before, whole, alone, strict=True)
+        return [text[len(begun) :] if text.startswith(begun) else own for begun, text, own in found]
+
     def decode_batch(self, several: Sequence[Sequence[int]]) -> list[str]:
         """The text of each of `several`, on all cores."""
         return list(self._model.decode_batch(list(several), skip_special_tokens=True))
@@ -153,7 +163,9 @@ class Tokenizer:
         tokenizer = cls(file)
         try:
             model = tokenizer._model
-        except Exception as error:  # the library raises bare Exceptions
+        except BaseException as error:  # the library raises bare Exceptions, and panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is no tokenizer ({reason}): give a tokenizer.json of Hugging Face tokenizers") from None
         if not any(token.special and token.content == EOS for token in model.get_added_tokens_decoder().values()):

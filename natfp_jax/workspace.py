@@ -12,7 +12,7 @@ to one command at a time, or to the tasks of one job array. Must not know how a 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -189,6 +189,13 @@ class Workspace:
         """What an arm reads and writes by; all but published models share that of the base arm."""
         return self.published[arm].tokenizer if arm in self.published else self.store.tokenizer
 
+    def written(self, arm: str, prompts: Prompts, several: Sequence[Sequence[int]]) -> list[str]:
+        """The texts that an arm has written behind these prompts, by their ids."""
+        tokenizer = self.tokenizer_of(arm)
+        if arm not in self.published:  # bytes of ours are the same wherever they stand
+            return tokenizer.decode_batch(several)
+        return tokenizer.continued(prompts.encoded(tokenizer), several)
+
     def end_of(self, arm: str) -> int:
         """The id that ends an arm's texts."""
         return self.published[arm].source.decoder.end if arm in self.published else self.store.end_id
@@ -313,17 +320,12 @@ class Workspace:
             self._check_room(arm, found[tokenizer.sha256])
         return max(found.values())
 
-    def _most(self, arm: str) -> int | None:
+    def limit_of(self, arm: str) -> int | None:
         """The tokens that an arm can have at most; None: any number."""
         return self.published[arm].source.decoder.limit if arm in self.published else self.arms[arm].experiment.model.context
 
-    def room_of(self, arm: str) -> int | None:
-        """The tokens that an arm can have behind any prompt; None: any number."""
-        most = self._most(arm)
-        return None if most is None else most - self.longest_prompt
-
     def _check_room(self, arm: str, longest: int) -> None:
-        most, new = self._most(arm), self.study.sampling.lengths[-1]
+        most, new = self.limit_of(arm), self.study.sampling.lengths[-1]
         if most is not None and longest + new > most:
             raise UserError(
                 f"arm {arm} can have {most} tokens, a prompt has up to {longest} and its text {new} more: lower "

@@ -18,7 +18,7 @@ from natfp_jax.config import (
     Data,
     Experiment,
     Factor,
-    LongRope,
+    Llama3Rope,
     Lora,
     MachineDocs,
     MachineQA,
@@ -189,7 +189,7 @@ EXPERIMENTS = st.builds(
         kv_heads=st.none() | SIZES,
         mlp=st.sampled_from(["swiglu", "gelu", "gelu_exact"]),
         biases=st.sampled_from([(), ("qkv",), ("o", "mlp")]),
-        rope_scaling=st.none() | st.builds(LongRope, factor=RATES, context=SIZES),
+        rope_scaling=st.none() | st.builds(Llama3Rope, factor=RATES, context=SIZES),
         tied=st.booleans(),
         init_scale=RATES,
     ),
@@ -246,7 +246,7 @@ def another(name, value):
     texts = {"mlp": "gelu", "dtype": "bfloat16", "kind": "lion", "schedule": "linear", "nonfinite": "skip"}
     texts |= {"norm": "layer", "positions": "learned"}
     others = {"kv_heads": 2, "mlp_width": 96, "targets": ("k",), "head_width": 16, "context": 64, "biases": ("o",)}
-    others |= {"rope_scaling": LongRope()}
+    others |= {"rope_scaling": Llama3Rope()}
     if name in texts:
         return texts[name]
     if name in others:

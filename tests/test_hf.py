@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from natfp_jax import files, params
-from natfp_jax.config import LongRope, Model
+from natfp_jax.config import Llama3Rope, Model
 from natfp_jax.errors import UserError
 from natfp_jax.hf import export, imported
 from natfp_jax.published import opened
@@ -23,7 +23,7 @@ from tests.references import greedy, llama, ours
 GROUPED = Model(width=48, layers=3, heads=6, kv_heads=2, mlp_width=80, tied=False, rope_theta=300.0, norm_epsilon=1e-3)
 TIED = Model(width=32, layers=2, heads=2, tied=True, rope_theta=50.0, norm_epsilon=1e-2)
 STRETCHED = Model(
-    width=32, layers=2, heads=2, head_width=12, biases=("qkv", "o", "mlp"), rope_scaling=LongRope(4.0, 1.0, 3.0, 24)
+    width=32, layers=2, heads=2, head_width=12, biases=("qkv", "o", "mlp"), rope_scaling=Llama3Rope(4.0, 1.0, 3.0, 24)
 )
 MODELS = {"untied, grouped heads": GROUPED, "tied": TIED, "stretched, with biases and a head width": STRETCHED}
 CONTEXT = 64

@@ -9,7 +9,7 @@ from numpy.testing import assert_array_equal
 from scipy.stats import kstest
 
 from natfp_jax import config, mesh, params
-from natfp_jax.config import LongRope, Model, Perturb
+from natfp_jax.config import Llama3Rope, Model, Perturb
 from natfp_jax.errors import UserError
 from natfp_jax.lineage import weight_hash
 
@@ -78,7 +78,7 @@ def test_a_deeper_model_has_the_same_shallow_layers(base):
         ),
         ({"qk_norm": True}, {"layers/attention/q_norm", "layers/attention/k_norm"}),
         ({"positions": "learned", "context": 16}, {"positions"}),
-        ({"parallel": True, "rope_fraction": 0.5, "rope_scaling": LongRope()}, set()),
+        ({"parallel": True, "rope_fraction": 0.5, "rope_scaling": Llama3Rope()}, set()),
     ],
 )
 def test_a_change_of_one_parameter_changes_no_other(changes, other, base):
@@ -185,6 +185,7 @@ def test_nest_and_flatten_are_inverse():
         (Model(width=32, heads=4, head_width=7), "heads are 7 wide"),
         (Model(width=32, heads=4, rope_fraction=0.2), "a part of 0.2 is rotated"),
         (Model(width=36, heads=4, positions="learned"), "give model.context"),
+        (Model(rope_scaling=Llama3Rope(low=4.0, high=4.0)), "model.rope_scaling.low 4.0 is not below its high 4.0"),
         (Model(width=48, heads=6, kv_heads=4), "model.heads 6 is no multiple of model.kv_heads 4"),
     ],
 )
