@@ -5,12 +5,14 @@ Writes nothing and mends nothing.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from natfp_jax import config, files, texts
+from natfp_jax.adopted import adopted
 from natfp_jax.audit_run import AuditedRun
 from natfp_jax.claims import Claim, attempt, short, unless
 from natfp_jax.config import Study
@@ -184,7 +186,15 @@ class _Study:
         table, record = texts.read(path), texts.read_record(path)
         run = known[self.listed[one.arm]["fingerprint"]]
         store = next((store for (_, tokenizer), store in stores.items() if tokenizer == record["inputs"]["tokenizer"]), None)
-        if store is not None and store.tokenizer.decode_batch(table["ids"].to_pylist()) != table["text"].to_pylist():
+        ids, written = table["ids"].to_pylist(), None
+        if run.experiment.published is not None:
+            with suppress(UserError):  # its folder is not here: the run says so
+                tokenizer = adopted(run.experiment).tokenizer
+                begun = [[tokenizer.eos_id, *some] for some in tokenizer.encode_batch(table["prompt"].to_pylist())]
+                written = tokenizer.continued(begun, ids)
+        elif store is not None:
+            written = store.tokenizer.decode_batch(ids)
+        if written is not None and written != table["text"].to_pylist():
             return "its texts are not those of its ids"
         temperature = one.drawn_at(self.study.sampling)
         said = {"arm": one.arm, "checkpoint": one.step, "draw": one.number, "temperature": temperature}

@@ -267,7 +267,7 @@ def export(params: Params, model: Model, tokenizer: Tokenizer, context: int, fol
             "config.json": _config(model, tokenizer, context, end),
             "generation_config.json": _generation_config(tokenizer, end),
             "tokenizer.json": _tokenizer_file(tokenizer),
-            "tokenizer_config.json": _tokenizer_config(context),
+            "tokenizer_config.json": _tokenizer_config(tokenizer, context, end),
         }.items():
             with files.whole_file(hidden / name, "w", encoding="utf-8") as file:
                 file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -357,11 +357,11 @@ def _tokenizer_file(tokenizer: Tokenizer) -> dict[str, Any]:
     return {**file, "truncation": None, "padding": None, "post_processor": None}
 
 
-def _tokenizer_config(context: int) -> dict[str, Any]:
+def _tokenizer_config(tokenizer: Tokenizer, context: int, end: int) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": EOS,
-        "eos_token": EOS,
+        "eos_token": next((token for token in tokenizer.specials if tokenizer.special(token) == end), EOS),
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,  # else decoded text is not what was encoded
         "split_special_tokens": True,  # else "<|eos|>" in a text would end it

@@ -129,6 +129,14 @@ def _pooled_grid(summary: Summary) -> str:
     return grid(header, rows, words=2) if rows else "There are too few test prompts for it."
 
 
+def _corpus(summary: Summary) -> str:
+    """What arms were trained on, and prompts are of; of published models alone it is of the prompts."""
+    corpus = summary["corpus"]
+    if all("published" in arm for arm in summary["arms"]):
+        return f"Prompts unless from a file: corpus {corpus['name']}, sha256 `{corpus['sha256'][:16]}`"
+    return f"Corpus {corpus['name']}, {corpus['tokens']:,} training tokens, sha256 `{corpus['sha256'][:16]}`"
+
+
 def _arm_grid(summary: Summary) -> str:
     arms = summary["arms"]
     hashes = ("fingerprint", "init_hash", "order_hash", "final_hash")
@@ -213,7 +221,7 @@ def _apart(summary: Summary) -> list[str]:
 
 def markdown(summary: Summary) -> str:
     """The page report.md."""
-    corpus, rows = summary["corpus"], confused(summary)
+    rows = confused(summary)
     scene = f"{titled(rows[0])}, step {rows[0]['checkpoint']}"
     telling = [
         [row["classifier"], name, " ".join(map(_piece, pieces[:TOLD]))]
@@ -227,8 +235,7 @@ def markdown(summary: Summary) -> str:
 
     blocks = [
         f"# {headline(summary)}",
-        f"Corpus {corpus['name']}, {corpus['tokens']:,} training tokens, sha256 `{corpus['sha256'][:16]}`; study "
-        f"`{summary['fingerprint'][:16]}`.",
+        f"{_corpus(summary)}; study `{summary['fingerprint'][:16]}`.",
         bullets(verdicts(summary)),
         "## What the arms differ in",
         _contrast_grid(summary),

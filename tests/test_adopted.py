@@ -265,6 +265,14 @@ def test_what_was_exported_is_taken_back(tmp_path):
     assert weight_hash(again.source.params(384)) == weight_hash(tree)
 
 
+def test_an_export_names_what_begins_and_what_ends_a_text(folders, tmp_path):
+    far = adopted(Experiment(published=Published("far", str(folders["far"]))))
+    tree = far.source.params(far.tokenizer.padded_size)
+    export(tree, far.experiment.model, far.tokenizer, 64, tmp_path / "out", far.source.decoder.end)
+    said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (said["bos_token"], said["eos_token"]) == (EOS, "</s>")
+
+
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
