@@ -41,6 +41,7 @@ Overrides = Annotated[
     ),
 ]
 _OUT = Path("out")
+_REPLAYED = 8  # steps that an audit trains again
 Place = Annotated[
     Path,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -462,18 +463,27 @@ def plan(
 def audit(
     out: tyro.conf.Positional[Place] = _OUT,
     /,
-    replay: Annotated[int, tyro.conf.arg(metavar="K")] = 8,
+    replay: Annotated[int, tyro.conf.arg(metavar="K")] = _REPLAYED,
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    suite: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None,
 ) -> None:
     """Recomputes what the runs and studies in an output folder claim: proven, only recorded, or false.
 
     Init hashes from the seeds, the order of windows, the first steps of training where this machine is the one that trained,
     the descent of every checkpoint from step 0, and every file's own hash. Ends with 1 if a claim is false.
 
+    With --suite: what published checkpoints claim of their descent, judged by their weights alone.
+
     Args:
       replay: how many first steps are trained again; as many as a run has prove all of it.
       json: where the claims are written too.
+      suite: in place of an output folder: [[checkpoint]] tables, each with branch, path, init, order and step as claimed.
     """
+    if suite is not None:
+        if given := [name for name, value in ((str(out), out != _OUT), ("--replay", replay != _REPLAYED)) if value]:
+            raise UserError(f"--suite has its own checkpoints, and nothing is trained again: leave out {' and '.join(given)}")
+        _of_published(suite, json)
+        return
     if replay < 0:
         raise UserError(f"--replay {replay}: give a number of steps, 0 or more")
 
@@ -491,6 +501,22 @@ def audit(
         write_json(json, {"folder": str(out), "replay": replay, "claims": [asdict(claim) for claim in claims]})
     if any(claim.verdict == "false" for claim in claims):
         console.print("Remove what is false and run its study again: that is made anew from what is whole.", highlight=False)
+        sys.exit(FALSE)
+
+
+def _of_published(suite: Path, json: Path | None) -> None:
+    from natfp_jax import suite_audit
+    from natfp_jax.claims import table
+
+    with Progress() as progress:
+        audited = suite_audit.audit(suite, progress)
+    console = _console()
+    console.print(table(audited.claims))
+    console.print(suite_audit.BEYOND_WEIGHTS, highlight=False)
+    if json is not None:
+        claims = [asdict(claim) for claim in audited.claims]
+        write_json(json, {"suite": str(suite), "claims": claims, "checkpoints": audited.measured})
+    if any(claim.verdict == "false" for claim in audited.claims):
         sys.exit(FALSE)
 
 
