@@ -140,21 +140,20 @@ class _Study:
         seen: dict[Any, tuple[str, Any]] = {}
         for name, arm in self.arms.items():
             run, experiment = known.get(self.listed[name]["fingerprint"]), arm.experiment
-            if run is None or not run.records:
+            if run is None or not run.records or experiment.published is not None:  # which has no seeds, and may be another
                 continue
             first, last, data = run.records[min(run.records)], run.records[max(run.records)], experiment.data
             inputs, adapters = self.listed[name]["inputs"], experiment.lora
             # Alpha is in no weight; and parents may be one at the step that is begun with.
             begun = first.get("origin", {}).get("weights"), adapters and (adapters.rank, adapters.targets)
             seed = experiment.seeds.init if "init" in experiment.deciding else None
-            # What is published has weights of its own, whatever its shape.
-            start = experiment.model, seed, experiment.perturb, inputs["tokenizer"], inputs.get("published"), begun
+            start = experiment.model, seed, experiment.perturb, inputs["tokenizer"], begun
             order = (
                 data.windows,
                 data.epochs,
                 data.batch,
                 experiment.seeds.order,
-                inputs.get("pool"),
+                inputs["pool"],
                 last["step"],
             )
             compared = [("init", start, first["weights"]), ("order", order, last["order_hash"])]

@@ -47,7 +47,9 @@ def continuations(trained: Trained, prompt: str, texts: int, sampling: Sampling,
         )
     new, most = sampling.lengths[-1], trained.limit
     if most is not None and len(ids) + new > most:
-        raise UserError(f"the prompt's {len(ids)} tokens and {new} new ones are more than the model can have: {most}")
+        raise UserError(
+            f"the prompt's {len(ids)} tokens and {new} new ones are more than the model can have, {most}: ask for fewer"
+        )
     strategy = strategy_of(sampling, temperature)
     sizes = tokenizer.size, tokenizer.padded_size, trained.end_id, _ROWS
     programs = programs_of(trained.model, strategy, *sizes, devices, sampling.cache)

@@ -129,6 +129,11 @@ def _pooled_grid(summary: Summary) -> str:
     return grid(header, rows, words=2) if rows else "There are too few test prompts for it."
 
 
+def trained(summary: Summary) -> bool:
+    """Whether any arm was."""
+    return any(arm["steps"] for arm in summary["arms"])
+
+
 def _corpus(summary: Summary) -> str:
     """What arms were trained on, and prompts are of; of published models alone it is of the prompts."""
     corpus = summary["corpus"]
@@ -268,7 +273,7 @@ def markdown(summary: Summary) -> str:
         "it stands there once.",
         *_wording(summary),
         "## Training",
-        "![loss curves](losses.png)",
+        *(["![loss curves](losses.png)"] if trained(summary) else []),
         _arm_grid(summary),
         "## What the numbers cover",
         bullets(coverage(summary)),

@@ -84,7 +84,7 @@ class Prompts:
                     said = repr(text if len(text) <= 40 else f"{text[:40]}...")
                     raise UserError(
                         f"prompt {first + place + 1} of {source}, {said}, has {len(ids)} tokens with EOS, the models' context "
-                        f"(data.seq_len) has {context}: shorten it, set a smaller sampling.prompt_chars or train longer windows"
+                        f"has {context}: shorten it, set a smaller sampling.prompt_chars or train longer windows (data.seq_len)"
                     )
                 longest = max(longest, len(ids))
         return longest

@@ -15,7 +15,7 @@ from natfp_jax.courses import courses, trajectories
 from natfp_jax.errors import Damaged, UserError
 from natfp_jax.findings import Row, Summary, confused
 from natfp_jax.packing import Packed
-from natfp_jax.page import markdown
+from natfp_jax.page import markdown, trained
 from natfp_jax.runs import metrics
 from natfp_jax.study import Arm, lacking
 from natfp_jax.tables import lines
@@ -52,6 +52,8 @@ def summarise(work: Workspace) -> Summary:
         "fingerprint": files.read_json(work.folder / "study.json")["fingerprint"],
         "corpus": {"name": work.store.meta["name"], "sha256": work.store.sha256, "tokens": work.store.tokens},
         **{name: attributed[name] for name in ANALYSES},
+        # A share of what is no bound would mean nothing.
+        **({"comparisons": [{**row, "share": None} for row in attributed["comparisons"]]} if work.reencoded else {}),
         "arms": [_arm(work, arm, records[arm][work.arms[arm].experiment.steps], learnt) for arm in work.arms],
         "stages": _timings(work.folder / "timings.json"),
         "numerics": _numerics(work, records),
@@ -65,7 +67,13 @@ def summarise(work: Workspace) -> Summary:
 
 def _notes(work: Workspace) -> list[str]:
     """What a reader must know of each published model."""
-    return [f"Arm {name} {note}." for name, model in work.published.items() for note in model.source.decoder.notes]
+    said, seen = list[str](), dict[str, str]()
+    for name, model in work.published.items():
+        said += [f"Arm {name} {note}." for note in model.source.decoder.notes]
+        weights = work.run_of(name).record(0)["weights"]
+        if (other := seen.setdefault(weights, name)) != name:
+            said.append(f"Arms {other} and {name} have the same weights, bit for bit: they are one model.")
+    return said
 
 
 def _timings(path: Path) -> dict[str, Any]:
@@ -185,7 +193,8 @@ def report(work: Workspace) -> Summary:
             work.progress.say(f"{damage}: the curves show what is whole")
     folder = work.folder / "report"
     rows = confused(summary)
-    names = ["accuracies.png", "courses.png", "losses.png", *(f"confusion-{row['classifier']}.png" for row in rows)]
+    losses = ["losses.png"] if trained(summary) else []
+    names = ["accuracies.png", "courses.png", *losses, *(f"confusion-{row['classifier']}.png" for row in rows)]
     trends = trajectories(summary)
     names += ["components.png"] if trends else []
     names.append("report.md")
@@ -205,7 +214,7 @@ def report(work: Workspace) -> Summary:
     drawings = [
         figures.accuracies(panels),
         figures.courses(courses(summary)),
-        figures.losses(_curves(work, summary)),
+        *([figures.losses(_curves(work, summary))] if losses else []),
         *map(figures.confusion, rows),
         *([figures.components(trends)] if trends else []),
     ]

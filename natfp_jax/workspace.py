@@ -229,7 +229,9 @@ class Workspace:
             found[arm.id] = known[arm.experiment] = lineage.identity(arm.experiment, *hashes, of)
         same: dict[str, str] = {}
         for name in self.arms:
-            if (other := same.setdefault(found[name].fingerprint, name)) != name:
+            if (other := same.setdefault(found[name].fingerprint, name)) != name and name in self.published:
+                raise UserError(f"arms {other} and {name} are one model: their folders hold the same files; leave one out")
+            if other != name:
                 raise UserError(f"arms {other} and {name} are the same experiment: change the factors so that all arms differ")
         return found
 

@@ -148,6 +148,7 @@ def test_models_that_differ_are_told_apart_and_one_from_itself_is_not(made):
     assert any("published models" in said for said in summary["lacking"])
     page = (made.folder / "report" / "report.md").read_text()
     assert "Not held fixed: what was trained on, and how. As published: one, two." in page
+    assert "losses.png" not in page
 
 
 def test_an_arm_has_the_weights_of_its_folder(made, folders):
@@ -207,7 +208,12 @@ def test_one_model_by_two_tokenizers_is_not_told_from_itself(folders, one_device
     (row,) = [row for row in summary["comparisons"] if row["factor"] == "published"]
     assert summary["reencoded"]
     assert row["p_value"] > 0.001
-    assert row["ceiling"] == 0.5
+    assert (row["ceiling"], row["share"]) == (0.5, None)
+    assert "Arms one and twin have the same weights, bit for bit: they are one model." in summary["lacking"]
+    false = [claim for claim in audit(work.out, Progress(quiet=True)) if claim.verdict == "false"]
+    assert not false
+    with pytest.raises(UserError, match="arms one and again are one model: their folders hold the same files"):
+        worked(tmp_path / "other", study({**folders, "again": folders["one"]}, "one", "again"), one_device, "corpus")
 
 
 def test_a_tokenizer_is_the_same_whatever_version_has_written_its_file(tmp_path):
@@ -395,7 +401,7 @@ def test_so_are_texts_that_it_cannot_write(names, changes, said, folders, one_de
 def test_nor_is_anything_written_where_there_are_no_positions(one_device, tmp_path):
     found = adopted(Experiment(published=Published("a", str(folder(tmp_path / "a", CONFIGS["gpt2"], byte_level("a fox"), 1)))))
     model = Trained(found.experiment, "f", 0, found.source.params(384), found.tokenizer, found.source.decoder)
-    with pytest.raises(UserError, match="tokens and 64 new ones are more than the model can have: 64"):
+    with pytest.raises(UserError, match="tokens and 64 new ones are more than the model can have, 64"):
         continuations(model, "the fox", 1, Sampling(new_tokens=64), one_device)
     data = Data(seq_len=65, windows=8, batch=8)
     with pytest.raises(UserError, match=r"seq_len 65 is more than experiment.model.context 64"):

@@ -88,7 +88,7 @@ def test_a_prompt_longer_than_the_context_is_named(tiny_store, tmp_path):
     assert found.check(tiny_store.tokenizer, length, "FILE") == length
     with pytest.raises(UserError) as caught:
         found.check(tiny_store.tokenizer, length - 1, "FILE")
-    said = f"has {length} tokens with EOS, the models' context (data.seq_len) has {length - 1}: shorten it"
+    said = f"has {length} tokens with EOS, the models' context has {length - 1}: shorten it"
     assert f"prompt 4 of FILE, '{'word ' * 8}...', {said}" in str(caught.value)
 
 
