@@ -27,6 +27,7 @@ from natfp_jax.config import (
     Optimiser,
     Parent,
     Perturb,
+    Published,
     Run,
     Sampling,
     Seeds,
@@ -246,7 +247,7 @@ def another(name, value):
     texts = {"mlp": "gelu", "dtype": "bfloat16", "kind": "lion", "schedule": "linear", "nonfinite": "skip"}
     texts |= {"norm": "layer", "positions": "learned"}
     others = {"kv_heads": 2, "mlp_width": 96, "targets": ("k",), "head_width": 16, "context": 64, "biases": ("o",)}
-    others |= {"rope_scaling": Llama3Rope()}
+    others |= {"rope_scaling": Llama3Rope(), "published": Published("a", "models/a")}
     if name in texts:
         return texts[name]
     if name in others:
