@@ -162,8 +162,8 @@ FOLDER = '{"kind": "text_folder", "path": "%s"}'
     [
         ("experiment.model.widht=64", "experiment.model has no field 'widht': did you mean 'experiment.model.width'?"),
         ("sampling.prompts=many", "sampling.prompts: got 'many', input should be a valid integer"),
-        ("experiment.model.mlp=relu", "input should be 'swiglu' or 'gelu'"),
-        ("experiment.model.heads=3", "model.width 32 over model.heads 3"),
+        ("experiment.model.mlp=relu", "input should be 'swiglu', 'gelu' or 'gelu_exact'"),
+        ("experiment.model.heads=3", "model.width 32 is no multiple of model.heads 3"),
         ("sampling", "override 'sampling' is not of the form path=value"),
         ('factors=[{"path": "seeds.init", "levels": [1]}]', "factor seeds.init has 1 level(s) [1], expected at least two"),
         ('factors=[{"path": "seeds.inti", "levels": [1, 2]}]', "did you mean 'seeds.init'?"),

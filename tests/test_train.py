@@ -271,7 +271,7 @@ def test_what_saves_memory_changes_last_bits_alone_and_is_recorded(
         ({"model.heads": 2}, (1, 2, 1, 4), "parameter layers/attention/q: N = 2 does not divide over mesh.tensor = 4"),
         ({"data.windows": 63}, (1, 1, 1, 1), "steps are not whole: windows 63 x epochs 2 / batch 8 = 15.75"),
         ({"data.windows": 80_000}, (1, 1, 1, 1), "the corpus is too small: 80000 windows of 32 + 1 tokens were asked for"),
-        ({"model.width": 30}, (1, 1, 1, 1), "model.width 30 over model.heads 4"),
+        ({"model.width": 30}, (1, 1, 1, 1), "model.width 30 is no multiple of model.heads 4"),
     ],
 )
 def test_what_cannot_run_leaves_nothing_behind(changes, shape, part, tiny, train_arm, tmp_path):
