@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from natfp_jax import config, files, texts
-from natfp_jax.adopted import adopted
 from natfp_jax.audit_run import AuditedRun
 from natfp_jax.claims import Claim, attempt, short, unless
 from natfp_jax.config import Study
@@ -188,7 +187,7 @@ class _Study:
         ids, written = table["ids"].to_pylist(), None
         if run.experiment.published is not None:
             with suppress(UserError):  # its folder is not here: the run says so
-                tokenizer = adopted(run.experiment).tokenizer
+                tokenizer = run.adopted.tokenizer
                 begun = [[tokenizer.eos_id, *some] for some in tokenizer.encode_batch(table["prompt"].to_pylist())]
                 written = tokenizer.continued(begun, ids)
         elif store is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from natfp_jax import checkpoint, config, descent, files, lineage, lora, mesh, params
-from natfp_jax.adopted import adopted
+from natfp_jax.adopted import Adopted, adopted
 from natfp_jax.claims import Claim, attempt, guarded, short, unless
 from natfp_jax.config import Experiment, Run
 from natfp_jax.corpus import Store
@@ -149,12 +149,21 @@ class AuditedRun:
         else:
             yield Claim(self.subject, "its training", "recorded", "it is not finished")
 
+    @cached_property
+    def adopted(self) -> Adopted:
+        """The published model that it is of.
+
+        Raises:
+          UserError: its folder is not here.
+        """
+        return adopted(self.experiment)
+
     def _published(self) -> Claim:
         """Whether the folder is what was adopted, and so are the weights."""
         claim, named = "its weights are those of the published folder", self.experiment.published
         assert named is not None
         try:
-            model = adopted(self.experiment)
+            model = self.adopted
         except UserError as error:
             return Claim(self.subject, claim, "recorded", f"the folder is not here ({error})")
         if wrong := unless(model.identity.inputs["published"], self.inputs["published"], f"{named.folder} holds"):

@@ -85,15 +85,7 @@ class Work(Workspace):
             except UserError as error:
                 raise UserError(f"{arm.id if arm.id in self.parents else f'arm {arm.id}'}: {error}") from None
         sampling = self.study.sampling
-        if self.reencoded and len(sampling.lengths) > 1:
-            raise UserError(
-                f"sampling.new_tokens {list(sampling.lengths)}: arms of different tokenizers share no lengths; give one"
-            )
-        if self.reencoded and (cut := [name for name in _TRUNCATES if getattr(sampling, name) != getattr(Sampling(), name)]):
-            raise UserError(
-                f"sampling.{cut[0]} {getattr(sampling, cut[0])}: arms of different tokenizers are compared by whole "
-                "distributions, since one never draws by the ids of another; leave it out"
-            )
+        self._check_comparable()
         for temperature in sampling.temperatures:
             strategy_of(sampling, temperature)
         if sampling.file_texts * sampling.lengths[-1] >= 2**31:
@@ -105,6 +97,22 @@ class Work(Workspace):
         processes.agree({"prompts": self.prompts.sha256})
         _ = self.longest_prompt
         processes.led(lambda: self._write_arms(listed))
+
+    def _check_comparable(self) -> None:
+        """Raises a UserError if texts are drawn in a way in which arms of different tokenizers cannot be compared."""
+        sampling, plain = self.study.sampling, Sampling()
+        if not self.reencoded:
+            return
+        if len(sampling.lengths) > 1:
+            raise UserError(
+                f"sampling.new_tokens {list(sampling.lengths)}: arms of different tokenizers share no lengths; give one"
+            )
+        for name in _TRUNCATES:
+            if (got := getattr(sampling, name)) != getattr(plain, name):
+                raise UserError(
+                    f"sampling.{name} {got}: arms of different tokenizers are compared by whole distributions, since one "
+                    "never draws by the ids of another; leave it out"
+                )
 
     def _tell_left_out(self) -> None:
         """Says of how many conversations nothing is learnt."""

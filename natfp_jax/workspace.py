@@ -200,7 +200,7 @@ class Workspace:
         """The id that ends an arm's texts."""
         return self.published[arm].source.decoder.end if arm in self.published else self.store.end_id
 
-    @property
+    @cached_property
     def reencoded(self) -> bool:
         """Whether arms have different tokenizers, so that a text has other ids for another arm."""
         return len({(self.tokenizer_of(arm).sha256, self.end_of(arm)) for arm in self.arms}) > 1
@@ -229,10 +229,11 @@ class Workspace:
             found[arm.id] = known[arm.experiment] = lineage.identity(arm.experiment, *hashes, of)
         same: dict[str, str] = {}
         for name in self.arms:
-            if (other := same.setdefault(found[name].fingerprint, name)) != name and name in self.published:
+            if (other := same.setdefault(found[name].fingerprint, name)) == name:
+                continue
+            if name in self.published:
                 raise UserError(f"arms {other} and {name} are one model: their folders hold the same files; leave one out")
-            if other != name:
-                raise UserError(f"arms {other} and {name} are the same experiment: change the factors so that all arms differ")
+            raise UserError(f"arms {other} and {name} are the same experiment: change the factors so that all arms differ")
         return found
 
     def parent_of(self, arm: Arm) -> Arm | None:
