@@ -23,7 +23,7 @@ import transformers
 from benchmarks import report
 from natfp_jax import config, mesh
 from natfp_jax.datasets.machine import Machine
-from natfp_jax.hf import Imported, imported, tokenizer
+from natfp_jax.hf_import import Imported, imported
 from natfp_jax.model import head, hidden, logits
 from natfp_jax.params import Params
 from natfp_jax.published import opened
@@ -108,7 +108,7 @@ def compared(kind: str, fields: dict[str, Any], texts: Sequence[str], seed: int)
         folder = Path(place)
         theirs = written(folder, kind, fields, trained(texts), seed)
         found = imported(opened(folder))
-        ours = tokenizer(found.source, found.decoder)
+        ours = found.tokenizer
         params = found.params(ours.padded_size)
         # By the class that wrote it: that of a family would put its own way to cut texts in the place of the file's.
         their_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)

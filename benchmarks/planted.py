@@ -20,7 +20,7 @@ from benchmarks import report
 from natfp_jax import config, mesh, suite_audit
 from natfp_jax.claims import Claim, table
 from natfp_jax.config import Corpus, Data, Experiment, Factor, Model, Run, Sampling, Stories, Study
-from natfp_jax.hf import export
+from natfp_jax.hf_export import export
 from natfp_jax.progress import Progress
 from natfp_jax.stages import Work
 from natfp_jax.trained import trained

@@ -21,7 +21,7 @@ from benchmarks import report
 from benchmarks.sides import Side, in_turn, started
 from benchmarks.workloads import TEXT_SHAPES, TextShape, build_hf_texts, build_natfp_texts
 from natfp_jax import params
-from natfp_jax.hf import export
+from natfp_jax.hf_export import export
 from natfp_jax.tokenizer import EOS, Tokenizer
 
 __all__ = ["main"]

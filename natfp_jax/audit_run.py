@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from natfp_jax import checkpoint, config, descent, files, lineage, lora, mesh, params
-from natfp_jax.adopted import Adopted, adopted
+from natfp_jax.adoption import Adopted, adopted
 from natfp_jax.claims import Claim, attempt, guarded, short, unless
 from natfp_jax.config import Experiment, Run
 from natfp_jax.corpus import Store

@@ -611,7 +611,7 @@ def export(
       folder: a new one.
       tokenizer: a tokenizer.json; left out: the one below OUT that the model was trained with.
     """
-    from natfp_jax.hf import export as write
+    from natfp_jax.hf_export import export as write
 
     model, _ = _trained(checkpoint, tokenizer)
     try:

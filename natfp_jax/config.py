@@ -46,6 +46,7 @@ __all__ = [
     "from_json",
     "override",
     "parsed",
+    "problem",
     "replace",
     "shape",
     "to_json",
@@ -183,6 +184,13 @@ class Llama3Rope(Strict):
     context: Positive = 8192  # tokens that were trained on before
 
 
+def _ordered(names: tuple[str, ...]) -> tuple[str, ...]:
+    """One way alone to say it, since it is a part of the fingerprint."""
+    if names != tuple(name for name in ("qkv", "o", "mlp") if name in names):
+        raise ValueError('biases are given in the order "qkv", "o", "mlp", each once')
+    return names
+
+
 @dataclass(frozen=True)
 class Model(Strict):
     """A pre-norm decoder; by default Llama's: RMSNorm, rotary positions, SwiGLU, no biases.
@@ -201,7 +209,7 @@ class Model(Strict):
     mlp_width: Positive | None = None  # None: 8/3 of the width for SwiGLU, 4 times for GELU, rounded up to a multiple of 32
     norm: Literal["rms", "layer"] = "rms"  # LayerNorm has a bias
     qk_norm: bool = False  # an RMSNorm of each head's queries, and one of its keys, before they are rotated
-    biases: tuple[Literal["qkv", "o", "mlp"], ...] = ()  # the matrices that have one
+    biases: Annotated[tuple[Literal["qkv", "o", "mlp"], ...], pydantic.AfterValidator(_ordered)] = ()  # matrices that have one
     parallel: bool = False  # attention and MLP read the same input, instead of one behind the other
     tied: bool = True  # the head is the embedding
     positions: Literal["rotary", "learned"] = "rotary"
@@ -530,6 +538,11 @@ def _first_problem(error: pydantic.ValidationError) -> str:
     return said[0].lower() + said[1:]
 
 
+def problem(error: pydantic.ValidationError) -> str:
+    """The first problem and where it is, in words."""
+    return f"{_place(error)}: {_first_problem(error)}"
+
+
 def _place(error: pydantic.ValidationError) -> str:
     # Types, where several would do, are named in brackets or with a hyphen.
     parts = [str(part) for part in _first(error)["loc"]]
@@ -622,7 +635,7 @@ def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
     try:
         return pydantic.TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except pydantic.ValidationError as error:
-        raise UserError(f"not a {kind.__name__}: {_place(error)}: {_first_problem(error)}") from None
+        raise UserError(f"not a {kind.__name__}: {problem(error)}") from None
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

@@ -10,16 +10,16 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pydantic
 
-from natfp_jax.config import Llama3Rope, Model
+from natfp_jax.config import Llama3Rope, Model, problem
 from natfp_jax.errors import UserError
 from natfp_jax.params import dims, table
 
-__all__ = ["FAMILIES", "LLAMA", "Decoder", "Family", "Lies", "decoder"]
+__all__ = ["FAMILIES", "LLAMA", "Description", "Family", "Lies", "described"]
 
 
 # --- names and axes ---------------------------------------------------------------------------------------------------
@@ -63,12 +63,13 @@ def _length(letter: str, size: Mapping[str, int]) -> int:
     return int(letter) if letter.isdecimal() else size[letter]
 
 
-def _linear(names: Mapping[str, str], axes: Mapping[str, str]) -> dict[str, Lies]:
-    """Matrices as PyTorch's Linear has them, [out, in], and their biases."""
+def _matrices(names: Mapping[str, str], turned: bool = False) -> dict[str, Lies]:
+    """Matrices and their biases: [out, in], as PyTorch's Linear has them, or `turned`, as GPT-2's Conv1D."""
     found = dict[str, Lies]()
     for path, name in names.items():
-        outputs = axes[path].split()[0]
-        found |= {path: Lies(f"{name}.weight", axes[path]), f"{path}_bias": Lies(f"{name}.bias", outputs)}
+        outputs, inputs = _SIDES[path]
+        axes = f"{inputs} {outputs}" if turned else f"{outputs} {inputs}"
+        found |= {path: Lies(f"{name}.weight", axes), f"{path}_bias": Lies(f"{name}.bias", outputs)}
     return found
 
 
@@ -79,14 +80,14 @@ def _norms(names: Mapping[str, str]) -> dict[str, Lies]:
     return found
 
 
-_MATRICES = {
-    "layers/attention/q": "NH D",
-    "layers/attention/k": "KH D",
-    "layers/attention/v": "KH D",
-    "layers/attention/o": "D NH",
-    "layers/mlp/gate": "F D",
-    "layers/mlp/up": "F D",
-    "layers/mlp/down": "D F",
+_SIDES = {  # of each matrix what comes out and what goes in
+    "layers/attention/q": ("NH", "D"),
+    "layers/attention/k": ("KH", "D"),
+    "layers/attention/v": ("KH", "D"),
+    "layers/attention/o": ("D", "NH"),
+    "layers/mlp/gate": ("F", "D"),
+    "layers/mlp/up": ("F", "D"),
+    "layers/mlp/down": ("D", "F"),
 }
 
 
@@ -95,11 +96,13 @@ _MATRICES = {
 _Size = Annotated[int, pydantic.Field(gt=0, lt=2**31)]
 _Id = Annotated[int, pydantic.Field(ge=0)]
 _Number = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
-_GELU = {"gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
+_Biases = tuple[Literal["qkv", "o", "mlp"], ...]
+_Gelu = Literal["gelu", "gelu_exact"]
+_GELU: dict[str, _Gelu] = {"gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 
 
 @dataclass(frozen=True)
-class Decoder:
+class Description:
     """What a config.json describes.
 
     Attributes:
@@ -129,7 +132,7 @@ class _Config(pydantic.BaseModel):
     bos_token_id: _Id | None = None
     eos_token_id: _Id | Annotated[list[_Id], pydantic.Field(min_length=1)] | None = None
 
-    def described(self, model: Model, context: int, limit: int | None = None, *notes: str) -> Decoder:
+    def _described(self, model: Model, context: int, limit: int | None = None, *notes: str) -> Description:
         """The decoder with what all families say alike.
 
         Raises:
@@ -143,7 +146,7 @@ class _Config(pydantic.BaseModel):
             raise UserError("bos_token_id and eos_token_id are missing: give the ids that begin and end a text")
         if wrong := [one for one in ids if one >= self.vocab_size]:
             raise UserError(f"the ids {', '.join(map(str, wrong))} that begin or end a text are none of {self.vocab_size}")
-        return Decoder(model, self.vocab_size, context, limit, ids[0], (ends or ids)[0], tuple(said))
+        return Description(model, self.vocab_size, context, limit, ids[0], (ends or ids)[0], tuple(said))
 
 
 class _Rope(pydantic.BaseModel):
@@ -169,10 +172,11 @@ class _Rope(pydantic.BaseModel):
         kind = self.rope_type or self.type or "default"
         if kind == "default":
             return None
-        numbers = self.factor, self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
-        if kind != "llama3" or None in numbers:
+        factor, low, high = self.factor, self.low_freq_factor, self.high_freq_factor
+        context = self.original_max_position_embeddings
+        if kind != "llama3" or factor is None or low is None or high is None or context is None:
             raise UserError(f'rope_type "{kind}" is not known here, with what goes with it; expected "default" or "llama3"')
-        return Llama3Rope(*numbers)  # type: ignore[arg-type]
+        return Llama3Rope(factor, low, high, context)
 
 
 class _Llama(_Config):
@@ -195,12 +199,16 @@ class _Llama(_Config):
     use_sliding_window: bool | None = None
     layer_types: list[str] | None = None
 
-    def decoder(self, biases: tuple[str, ...] | None = None, qk_norm: bool = False) -> Decoder:
+    _qk_norm: ClassVar[bool] = False
+
+    @property
+    def biases(self) -> _Biases:
+        return (*(("qkv", "o") if self.attention_bias else ()), *(("mlp",) if self.mlp_bias else ()))
+
+    def description(self) -> Description:
         if self.hidden_act != "silu":
             raise UserError(f'hidden_act "{self.hidden_act}" is not known here, expected "silu"')
         rope = self.rope_parameters or self.rope_scaling or _Rope()
-        if biases is None:
-            biases = (*(("qkv", "o") if self.attention_bias else ()), *(("mlp",) if self.mlp_bias else ()))
         model = Model(
             width=self.hidden_size,
             layers=self.num_hidden_layers,
@@ -208,8 +216,8 @@ class _Llama(_Config):
             kv_heads=self.num_key_value_heads,
             head_width=self.head_dim,
             mlp_width=self.intermediate_size,
-            qk_norm=qk_norm,
-            biases=biases,  # type: ignore[arg-type]
+            qk_norm=self._qk_norm,
+            biases=self.biases,
             tied=self.tie_word_embeddings,
             rope_theta=rope.rope_theta or self.rope_theta,
             rope_scaling=rope.scaling(),
@@ -217,8 +225,8 @@ class _Llama(_Config):
         )
         if (window := self._window()) is not None and window < self.max_position_embeddings:
             note = f"attends to the last {window} tokens alone: with so many at most, that is no difference"
-            return self.described(model, window, window, note)
-        return self.described(model, self.max_position_embeddings)
+            return self._described(model, window, window, note)
+        return self._described(model, self.max_position_embeddings)
 
     def _window(self) -> int | None:
         """The tokens that some layer attends to at most."""
@@ -234,19 +242,16 @@ class _Qwen2(_Llama):
     max_position_embeddings: _Size = 32_768
     use_sliding_window: bool | None = False
 
-    def decoder(self, biases: tuple[str, ...] | None = None, qk_norm: bool = False) -> Decoder:
-        del biases  # it has no field for them
-        return super().decoder(("qkv",), qk_norm)
+    @property
+    def biases(self) -> _Biases:
+        return ("qkv",)  # it has no field for them
 
 
 class _Qwen3(_Llama):
     head_dim: _Size | None = 128
     max_position_embeddings: _Size = 32_768
     use_sliding_window: bool | None = False
-
-    def decoder(self, biases: tuple[str, ...] | None = None, qk_norm: bool = False) -> Decoder:
-        del qk_norm
-        return super().decoder(biases, qk_norm=True)
+    _qk_norm: ClassVar[bool] = True
 
 
 class _NeoX(_Config):
@@ -265,7 +270,7 @@ class _NeoX(_Config):
     tie_word_embeddings: bool = False
     attention_bias: bool = True
 
-    def decoder(self) -> Decoder:
+    def description(self) -> Description:
         rope = self.rope_parameters or self.rope_scaling or _Rope()
         if rope.scaling() is not None:
             raise UserError('rope_type "llama3" is not known of this family, expected "default"')
@@ -286,7 +291,7 @@ class _NeoX(_Config):
             rope_fraction=fraction,
             norm_epsilon=self.layer_norm_eps,
         )
-        return self.described(model, self.max_position_embeddings)
+        return self._described(model, self.max_position_embeddings)
 
 
 class _GPT2(_Config):
@@ -301,7 +306,7 @@ class _GPT2(_Config):
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
 
-    def decoder(self) -> Decoder:
+    def description(self) -> Description:
         if not self.scale_attn_weights or self.scale_attn_by_inverse_layer_idx:
             raise UserError("scale_attn_weights and scale_attn_by_inverse_layer_idx are not known here but as true and false")
         model = Model(
@@ -317,13 +322,13 @@ class _GPT2(_Config):
             context=self.n_positions,
             norm_epsilon=self.layer_norm_epsilon,
         )
-        return self.described(model, self.n_positions, self.n_positions)
+        return self._described(model, self.n_positions, self.n_positions)
 
 
-def _gelu(field_name: str, given: str) -> Literal["gelu", "gelu_exact"]:
+def _gelu(field_name: str, given: str) -> _Gelu:
     if given not in _GELU:
         raise UserError(f'{field_name} "{given}" is not known here, expected one of {", ".join(sorted(_GELU))}')
-    return _GELU[given]  # type: ignore[return-value]
+    return _GELU[given]
 
 
 # --- families ---------------------------------------------------------------------------------------------------------
@@ -362,12 +367,11 @@ LLAMA = Family(
                 "norm": "model.norm",
             }
         ),
-        **_linear(
+        **_matrices(
             {
                 **{f"layers/attention/{name}": f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkvo"},
                 **{f"layers/mlp/{name}": f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")},
-            },
-            _MATRICES,
+            }
         ),
         "layers/attention/q_norm": Lies("model.layers.{}.self_attn.q_norm.weight", "H"),
         "layers/attention/k_norm": Lies("model.layers.{}.self_attn.k_norm.weight", "H"),
@@ -405,20 +409,18 @@ _NEOX = Family(
             }
         ),
         **_fused("gpt_neox.layers.{}.attention.query_key_value", "N3H D", "N3H"),
-        **_linear(
+        **_matrices(
             {
                 "layers/attention/o": "gpt_neox.layers.{}.attention.dense",
                 "layers/mlp/up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
                 "layers/mlp/down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-            },
-            _MATRICES,
+            }
         ),
         "head": Lies("embed_out.weight", "V D"),
     },
     idle=re.compile(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
 )
 
-_TURNED = {"layers/attention/o": "NH D", "layers/mlp/up": "D F", "layers/mlp/down": "F D"}  # its Conv1D is [in, out]
 _GPT_2 = Family(
     read=_GPT2.model_validate,
     prefix="transformer.",
@@ -433,12 +435,14 @@ _GPT_2 = Family(
             }
         ),
         **_fused("transformer.h.{}.attn.c_attn", "D 3NH", "3NH"),
-        "layers/attention/o": Lies("transformer.h.{}.attn.c_proj.weight", _TURNED["layers/attention/o"]),
-        "layers/attention/o_bias": Lies("transformer.h.{}.attn.c_proj.bias", "D"),
-        "layers/mlp/up": Lies("transformer.h.{}.mlp.c_fc.weight", _TURNED["layers/mlp/up"]),
-        "layers/mlp/up_bias": Lies("transformer.h.{}.mlp.c_fc.bias", "F"),
-        "layers/mlp/down": Lies("transformer.h.{}.mlp.c_proj.weight", _TURNED["layers/mlp/down"]),
-        "layers/mlp/down_bias": Lies("transformer.h.{}.mlp.c_proj.bias", "D"),
+        **_matrices(
+            {
+                "layers/attention/o": "transformer.h.{}.attn.c_proj",
+                "layers/mlp/up": "transformer.h.{}.mlp.c_fc",
+                "layers/mlp/down": "transformer.h.{}.mlp.c_proj",
+            },
+            turned=True,
+        ),
         "head": Lies("lm_head.weight", "V D"),
     },
     idle=re.compile(r".*\.attn\.(bias|masked_bias)"),
@@ -454,7 +458,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def decoder(config: dict[str, Any]) -> tuple[Family, Decoder]:
+def described(config: dict[str, Any]) -> tuple[Family, Description]:
     """The family that a config.json names, and its decoder.
 
     Raises:
@@ -465,10 +469,8 @@ def decoder(config: dict[str, Any]) -> tuple[Family, Decoder]:
         raise UserError(f"model_type {kind!r} is not known here, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     try:
-        found: Decoder = family.read(config).decoder()
+        found: Description = family.read(config).description()
     except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+        raise UserError(problem(error)) from None
     dims(found.model, found.vocabulary)  # widths and heads fit
     return family, found

@@ -37,6 +37,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -300,26 +301,15 @@ class _Means:
 # --- hashes -----------------------------------------------------------------------------------------------------------
 
 
-def _bfloat16(value_N: NDArray[np.float32]) -> tuple[NDArray[np.uint16], bool]:
-    """The bits after rounding to the nearest, ties to even, and whether nothing was lost."""
-    bits_N = value_N.view(np.uint32)
-    last_N = (bits_N >> np.uint32(16)) & np.uint32(1)
-    rounded_N = (bits_N + np.uint32(0x7FFF) + last_N) >> np.uint32(16)
-    return rounded_N.astype(np.uint16), not (bits_N & np.uint32(0xFFFF)).any()
+_DTYPES = {FLOAT32: np.dtype(np.float32), BFLOAT16: np.dtype(ml_dtypes.bfloat16), FLOAT16: np.dtype(np.float16)}
+_PRECISIONS = tuple(_DTYPES)  # from the finest
 
 
-def _float16(value_N: NDArray[np.float32]) -> tuple[NDArray[np.float16], bool]:
+def _rounded(value_N: NDArray[np.float32], precision: str) -> tuple[NDArray[Any], bool]:
+    """To the nearest, and whether nothing was lost."""
     with np.errstate(over="ignore"):  # infinite, and not exact
-        rounded_N = value_N.astype(np.float16)
-    return rounded_N, bool((rounded_N == value_N).all())
-
-
-_ROUNDED: dict[str, Callable[[NDArray[np.float32]], tuple[NDArray[Any], bool]]] = {
-    FLOAT32: lambda value_N: (value_N, True),
-    BFLOAT16: _bfloat16,
-    FLOAT16: _float16,
-}
-_PRECISIONS = tuple(_ROUNDED)
+        rounded_N = value_N.astype(_DTYPES[precision])
+    return rounded_N, bool((rounded_N.astype(np.float32) == value_N).all())
 
 
 class _Hash:
@@ -339,9 +329,9 @@ class _Hash:
     def update(self, value_N: NDArray[np.float32]) -> None:
         """A block of it."""
         value_N = np.ascontiguousarray(value_N, "<f4")
-        for precision, rounded in _ROUNDED.items():
-            bits_N, exact = rounded(value_N)
-            self._begun[precision].update(bits_N.data)
+        for precision in _PRECISIONS:
+            rounded_N, exact = _rounded(value_N, precision)
+            self._begun[precision].update(rounded_N.view(np.uint8).data)
             self._exact[precision] &= exact
 
     def end(self) -> list[tuple[str, bool]]:

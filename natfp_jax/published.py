@@ -71,7 +71,7 @@ class Tensor:
 class Folder:
     """A folder that has been looked through; no tensor has been read."""
 
-    folder: Path
+    path: Path
     config: dict[str, Any] = field(repr=False)
     tensors: Mapping[str, Tensor] = field(repr=False)
 
@@ -102,7 +102,7 @@ class Folder:
           UserError: it is not there.
         """
         if name not in self.tensors:
-            raise UserError(f"{self.folder} has no tensor {name!r}: it is not whole, or another model than its {CONFIG} says")
+            raise UserError(f"{self.path} has no tensor {name!r}: it is not whole, or another model than its {CONFIG} says")
         return self.tensors[name]
 
     @property
@@ -112,16 +112,16 @@ class Folder:
         Raises:
           UserError: it has none.
         """
-        path = self.folder / TOKENIZER
+        path = self.path / TOKENIZER
         if not path.is_file():
-            raise UserError(f"{self.folder} has no {TOKENIZER}: save its tokenizer as a fast one there (save_pretrained)")
+            raise UserError(f"{self.path} has no {TOKENIZER}: save its tokenizer as a fast one there (save_pretrained)")
         return path
 
     @cached_property
     def identity(self) -> dict[str, str]:
         """File → sha256 of what it is read from: its description, its weights, its tokenizer."""
-        paths = {self.folder / CONFIG, *(tensor.file for tensor in self.tensors.values())}
-        paths |= {path for path in (self.folder / TOKENIZER,) if path.is_file()}
+        paths = {self.path / CONFIG, *(tensor.file for tensor in self.tensors.values())}
+        paths |= {path for path in (self.path / TOKENIZER,) if path.is_file()}
         return {path.name: hash_file(path) for path in sorted(paths)}
 
 

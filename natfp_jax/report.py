@@ -69,7 +69,7 @@ def _notes(work: Workspace) -> list[str]:
     """What a reader must know of each published model."""
     said, seen = list[str](), dict[str, str]()
     for name, model in work.published.items():
-        said += [f"Arm {name} {note}." for note in model.source.decoder.notes]
+        said += [f"Arm {name} {note}." for note in model.source.described.notes]
         weights = work.run_of(name).record(0)["weights"]
         if (other := seen.setdefault(weights, name)) != name:
             said.append(f"Arms {other} and {name} have the same weights, bit for bit: they are one model.")

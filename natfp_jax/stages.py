@@ -170,7 +170,7 @@ class Work(Workspace):
             return
         with self.timed("adopt"), self.progress.task(f"adopt {len(todo)} published", len(todo), "models") as advance:
             for name in todo:
-                for note in self.published[name].source.decoder.notes:
+                for note in self.published[name].source.described.notes:
                     self.progress.say(f"arm {name} {note}")
                 run = self.run_of(name)
                 with processes.leading(alone(run.folder, self.progress, wait=self.share is not None)):

@@ -138,11 +138,11 @@ def _check_alike(
     remedy = "list checkpoints of one architecture, saved alike"
     if strange := sorted(expected.keys() ^ got.keys()):
         has, lacks = (first, folder) if strange[0] in expected else (folder, first)
-        raise UserError(f"{lacks.folder} has no tensor {strange[0]!r}, which {has.folder} has: {remedy}")
+        raise UserError(f"{lacks.path} has no tensor {strange[0]!r}, which {has.path} has: {remedy}")
     for name, shape in got.items():
         if shape != expected[name]:
             raise UserError(
-                f"{folder.folder}: {name} has the shape {shape}, expected {expected[name]} as in {first.folder}: {remedy}"
+                f"{folder.path}: {name} has the shape {shape}, expected {expected[name]} as in {first.path}: {remedy}"
             )
     if not got:
-        raise UserError(f"{folder.folder} holds no weights: {remedy}")
+        raise UserError(f"{folder.path} holds no weights: {remedy}")

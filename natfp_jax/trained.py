@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 
 from natfp_jax import checkpoint, config, files
-from natfp_jax.adopted import adopted
+from natfp_jax.adoption import adopted
 from natfp_jax.chat import Chat
 from natfp_jax.config import Experiment, Model
 from natfp_jax.errors import UserError
-from natfp_jax.families import Decoder
+from natfp_jax.families import Description
 from natfp_jax.params import Params
 from natfp_jax.runs import RunFolder
 from natfp_jax.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class Trained:
     step: int
     params: Params
     tokenizer: Tokenizer
-    described: Decoder | None = None  # of a published model
+    described: Description | None = None  # of a published model
 
     @property
     def model(self) -> Model:
@@ -79,9 +79,11 @@ def trained(path: Path, devices: jax.sharding.Mesh, tokenizer: Path | None = Non
     ends = None
     if experiment.published is None:
         found = _tokenizer(run.folder.parent.parent, str(owner["inputs"]["tokenizer"]), tokenizer)
+    elif tokenizer is not None:
+        raise UserError(f"--tokenizer {tokenizer}: {run.folder} is of a published model, which has its own; leave it out")
     else:
         model = adopted(experiment)
-        found, ends = model.tokenizer, model.source.decoder
+        found, ends = model.tokenizer, model.source.described
         if found.sha256 != owner["inputs"]["tokenizer"]:
             raise UserError(f"{experiment.published.folder} has another tokenizer than it had for {run.folder}: put it back")
     params = load_weights(run, step, experiment, found.padded_size, devices)

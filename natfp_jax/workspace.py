@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from natfp_jax import adopted, config, files, lineage, mesh, processes, texts
+from natfp_jax import adoption, config, files, lineage, mesh, processes, texts
 from natfp_jax.config import Corpus, Experiment, Study
 from natfp_jax.contrast import differences
 from natfp_jax.corpus import Store, opened, prepare
@@ -48,7 +48,7 @@ class Workspace:
         """`share`: what of the study this command does, of several that share it; None: all."""
         self.study, self.out, self.progress, self.share = study, out, progress, share
         self.folder = out / "studies" / study.name
-        self.arms, self.published = adopted.settled(arms(study))
+        self.arms, self.published = adoption.adoptions(arms(study))
         mine = [*self.arms.values()] if share is None else dealt([*self.arms.values()], share.tasks)[share.task]
         self.mine = {arm.id: arm for arm in mine}  # those that this command trains and draws from
         self.parents = {parent.id: parent for parent in parents(self.arms.values())}
@@ -198,7 +198,7 @@ class Workspace:
 
     def end_of(self, arm: str) -> int:
         """The id that ends an arm's texts."""
-        return self.published[arm].source.decoder.end if arm in self.published else self.store.end_id
+        return self.published[arm].source.described.end if arm in self.published else self.store.end_id
 
     @cached_property
     def reencoded(self) -> bool:
@@ -304,7 +304,7 @@ class Workspace:
 
     def _context(self, arm: str) -> int:
         if arm in self.published:
-            return self.published[arm].source.decoder.context
+            return self.published[arm].source.described.context
         return self.arms[arm].experiment.data.seq_len
 
     @cached_property
@@ -325,7 +325,7 @@ class Workspace:
 
     def limit_of(self, arm: str) -> int | None:
         """The tokens that an arm can have at most; None: any number."""
-        return self.published[arm].source.decoder.limit if arm in self.published else self.arms[arm].experiment.model.context
+        return self.published[arm].source.described.limit if arm in self.published else self.arms[arm].experiment.model.context
 
     def _check_room(self, arm: str, longest: int) -> None:
         most, new = self.limit_of(arm), self.study.sampling.lengths[-1]

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from natfp_jax import texts
-from natfp_jax.adopted import adopted
+from natfp_jax.adoption import adopted
 from natfp_jax.audit import audit
 from natfp_jax.config import (
     Attribution,
@@ -33,8 +33,8 @@ from natfp_jax.config import (
 )
 from natfp_jax.errors import UserError
 from natfp_jax.generate import continuations
-from natfp_jax.hf import export, imported
-from natfp_jax.hf import tokenizer as tokenizer_of
+from natfp_jax.hf_export import export
+from natfp_jax.hf_import import imported
 from natfp_jax.lineage import weight_hash
 from natfp_jax.progress import Progress
 from natfp_jax.published import opened
@@ -219,13 +219,13 @@ def test_one_model_by_two_tokenizers_is_not_told_from_itself(folders, one_device
 def test_a_tokenizer_is_the_same_whatever_version_has_written_its_file(tmp_path):
     there = folder(tmp_path, CONFIGS["neox"], byte_level("a fox"), 0)
     found = imported(opened(there))
-    before = tokenizer_of(found.source, found.decoder)
+    before = found.tokenizer
     file = json.loads((there / "tokenizer.json").read_text())
     file["model"]["merges"] = [" ".join(pair) for pair in file["model"]["merges"]]
     for name in ("ignore_merges", "byte_fallback", "dropout"):
         file["model"].pop(name, None)
     (there / "tokenizer.json").write_text(json.dumps(dict(reversed(file.items()))))
-    assert tokenizer_of(found.source, found.decoder).sha256 == before.sha256
+    assert found.tokenizer.sha256 == before.sha256
 
 
 def test_a_kill_while_adopting_costs_nothing(folders, one_device, tmp_path):
@@ -263,10 +263,10 @@ def test_a_run_is_opened_with_its_own_tokenizer(made, folders, one_device):
 def test_what_was_exported_is_taken_back(tmp_path):
     """Our own model, published: the same weights, bit for bit, and the same ids."""
     llama = imported(opened(folder(tmp_path / "llama", CONFIGS["llama"], byte_level("a fox"), 4)))
-    tree, ours = llama.params(384), tokenizer_of(llama.source, llama.decoder)
+    tree, ours = llama.params(384), llama.tokenizer
     export(tree, llama.model, ours, 64, tmp_path / "again")
     again = adopted(Experiment(published=Published("again", str(tmp_path / "again"))))
-    assert again.tokenizer.sha256 == tokenizer_of(opened(tmp_path / "again"), again.source.decoder).sha256
+    assert again.tokenizer.sha256 == imported(opened(tmp_path / "again")).tokenizer.sha256
     assert [again.tokenizer.encode(text) for text in SAID] == [ours.encode(text) for text in SAID]
     assert weight_hash(again.source.params(384)) == weight_hash(tree)
 
@@ -274,7 +274,7 @@ def test_what_was_exported_is_taken_back(tmp_path):
 def test_an_export_names_what_begins_and_what_ends_a_text(folders, tmp_path):
     far = adopted(Experiment(published=Published("far", str(folders["far"]))))
     tree = far.source.params(far.tokenizer.padded_size)
-    export(tree, far.experiment.model, far.tokenizer, 64, tmp_path / "out", far.source.decoder.end)
+    export(tree, far.experiment.model, far.tokenizer, 64, tmp_path / "out", far.source.described.end)
     said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert (said["bos_token"], said["eos_token"]) == (EOS, "</s>")
 
@@ -287,8 +287,8 @@ def test_a_published_tokenizer_has_its_own_ids_and_texts(kind, tmp_path):
     theirs = byte_level("a fox") if kind == "byte level" else pieces()
     begin, end = (0, 0) if kind == "byte level" else (1, 2)
     found = imported(opened(folder(tmp_path, CONFIGS["llama"], theirs, 0, begin, end)))
-    ours = tokenizer_of(found.source, found.decoder)
-    assert (ours.eos_id, found.decoder.end, ours.size) == (begin, end, theirs.get_vocab_size())
+    ours = found.tokenizer
+    assert (ours.eos_id, found.described.end, ours.size) == (begin, end, theirs.get_vocab_size())
     theirs.encode_special_tokens = True  # a special token in a text is text
     for text in SAID + CORPUS_TEXTS:
         ids = theirs.encode(text, add_special_tokens=False).ids
@@ -323,7 +323,7 @@ def test_a_tokenizer_that_is_wrong_is_one_line(change, said, tmp_path):
     (path / "tokenizer.json").write_text(json.dumps(file))
     found = imported(opened(path))
     with pytest.raises(UserError) as caught:
-        tokenizer_of(found.source, found.decoder)
+        _ = found.tokenizer
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -345,7 +345,7 @@ def test_ids_that_begin_and_end_a_text_are_ids(ids, said, tmp_path):
 
 def test_of_several_ends_one_ends_a_text(tmp_path):
     write(tmp_path, {**CONFIGS["neox"], "bos_token_id": 3, "eos_token_id": [7, 8]}, tensors(CONFIGS["neox"]))
-    found = imported(opened(tmp_path)).decoder
+    found = imported(opened(tmp_path)).described
     assert (found.begin, found.end) == (3, 7)
     assert "ends a text by the id 7 alone, of 7, 8" in found.notes[0]
 
@@ -400,7 +400,7 @@ def test_so_are_texts_that_it_cannot_write(names, changes, said, folders, one_de
 
 def test_nor_is_anything_written_where_there_are_no_positions(one_device, tmp_path):
     found = adopted(Experiment(published=Published("a", str(folder(tmp_path / "a", CONFIGS["gpt2"], byte_level("a fox"), 1)))))
-    model = Trained(found.experiment, "f", 0, found.source.params(384), found.tokenizer, found.source.decoder)
+    model = Trained(found.experiment, "f", 0, found.source.params(384), found.tokenizer, found.source.described)
     with pytest.raises(UserError, match="tokens and 64 new ones are more than the model can have, 64"):
         continuations(model, "the fox", 1, Sampling(new_tokens=64), one_device)
     data = Data(seq_len=65, windows=8, batch=8)

@@ -115,6 +115,8 @@ def test_an_override_is_read_by_the_type_of_its_field(assignment, expected):
         ("experiment.optimiser.learning_rate=0", ["greater than 0"]),
         ("experiment.optimiser.learning_rate=NaN", ["got 'NaN'", "finite number"]),
         ("experiment.optimiser.learning_rate=1e400", ["got '1e400'", "finite number"]),
+        ('experiment.model.biases=["o", "qkv"]', ["biases are given in the order", "each once"]),
+        ('experiment.model.biases=["o", "o"]', ["biases are given in the order", "each once"]),
         ("experiment.model.kv_heads=NaN", ["got 'NaN'", "valid integer"]),  # not None
         ("sampling.top_k=Infinity", ["got 'Infinity'", "valid integer"]),
         ("run.checkpoints=[0.5,2]", ["run.checkpoints: got '[0.5,2]', 1: input should be less than or equal to 1"]),

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from natfp_jax import files, params
 from natfp_jax.config import Llama3Rope, Model
 from natfp_jax.errors import UserError
-from natfp_jax.hf import export, imported
+from natfp_jax.hf_export import export
+from natfp_jax.hf_import import imported
 from natfp_jax.published import opened
 from natfp_jax.tokenizer import EOS, Tokenizer
 from tests.references import greedy, llama, ours
@@ -105,7 +106,7 @@ def test_what_is_exported_is_imported_bit_for_bit(model, tokenizer, tmp_path):
     filled = dataclasses.replace(model, kv_heads=found.model.kv_heads, head_width=found.model.head_width)
     assert found.model == dataclasses.replace(filled, mlp_width=found.model.mlp_width)
     assert params.dims(found.model, 1) == params.dims(model, 1)
-    assert (found.decoder.vocabulary, found.decoder.context) == (tokenizer.size, CONTEXT)
+    assert (found.described.vocabulary, found.described.context) == (tokenizer.size, CONTEXT)
     ours, theirs = (params.flatten(some) for some in (tree, found.params(tokenizer.padded_size)))
     assert list(ours) == list(theirs)
     for path, axis in {path: spec.dims.find("V") for path, spec in params.table(model, 384).items()}.items():

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from natfp_jax import config as configs
 from natfp_jax import mesh, params
 from natfp_jax.errors import UserError
-from natfp_jax.hf import imported
+from natfp_jax.hf_import import imported
 from natfp_jax.published import _WANTED, Folder, located, opened
 from natfp_jax.tokenizer import Tokenizer
 from tests.references import CONFIGS, CONTEXT, VOCABULARY, definition, greedy, ours, shapes, tensors, write
@@ -173,10 +173,10 @@ def test_what_older_versions_saved_beside_the_parameters_is_no_matter(tmp_path):
 
 
 def test_a_window_bounds_the_context(tmp_path):
-    found = imported(opened(write(tmp_path, CONFIGS["mistral"]))).decoder
+    found = imported(opened(write(tmp_path, CONFIGS["mistral"]))).described
     assert found.context == 50
     assert "the last 50 tokens" in found.notes[0]
-    whole = imported(opened(write(tmp_path / "qwen", CONFIGS["qwen2"]))).decoder
+    whole = imported(opened(write(tmp_path / "qwen", CONFIGS["qwen2"]))).described
     assert (whole.context, whole.notes) == (CONTEXT, ())
 
 
@@ -266,13 +266,13 @@ def test_hostile_json_is_one_line(text, said, tmp_path):
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5), st.data())
 def test_any_value_of_any_field_is_taken_or_refused_in_one_line(value, data):
-    from natfp_jax.families import decoder
+    from natfp_jax.families import described
 
     name = data.draw(st.sampled_from(list(CONFIGS)))
     field = data.draw(st.sampled_from(list(CONFIGS[name])))
     said = ""
     try:
-        decoder({**CONFIGS[name], field: value})
+        described({**CONFIGS[name], field: value})
     except UserError as error:
         said = str(error)
     assert "\n" not in said

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from numpy.random import default_rng
 from safetensors.numpy import load_file, save_file
-from scipy.stats import kstest
 
-from natfp_jax import cli, hf, likeness, lineage, suite
+from natfp_jax import cli, lineage
 from natfp_jax.config import Run, replace
-from natfp_jax.errors import UserError
-from natfp_jax.kinship import assigned, beyond, clearly, lineages, named, votes
+from natfp_jax.hf_export import export
+from natfp_jax.kinship import beyond
 from natfp_jax.likeness import measured
 from natfp_jax.member import Member
 from natfp_jax.progress import Progress
@@ -49,7 +48,7 @@ def grid(tiny, tiny_store, one_device, tmp_path_factory):
     for member in members:
         for step in STEPS:
             params = load_params(member.run, step, member.experiment, tiny_store, one_device)
-            hf.export(params, tiny.model, tiny_store.tokenizer, 32, root / f"{member.name}-{step}")
+            export(params, tiny.model, tiny_store.tokenizer, 32, root / f"{member.name}-{step}")
     return root
 
 
@@ -321,60 +320,7 @@ def test_one_branch_alone_and_one_without_step_0(every):
     assert {of["descent"].detail for of in pedigree.found} == {"no step 0 is listed"}
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
-
-
-def folder(path, tensors):
-    path.mkdir(parents=True)
-    save_file(tensors, path / "model.safetensors")
-    (path / "config.json").write_text("{}")
-    return opened(path)
-
-
-def shapes(folder):
-    return {name: tensor.shape for name, tensor in folder.tensors.items()}
-
-
-def structured(random, rows, columns):
-    """As trained weights are: low rank on top of noise, some rows large, some empty, and a common mean."""
-    value = random.standard_normal((rows, columns)) + np.outer(random.standard_normal(rows), random.standard_normal(columns))
-    value[: rows // 10] *= 20
-    value[-rows // 5 :] = 0
-    return (value + 0.5).astype(np.float32)
-
-
-def test_z_of_independent_starts_is_standard_normal_whatever_the_checkpoint(tmp_path):
-    random, draws = default_rng(4), 150
-    trained = folder(tmp_path / "w", {"a": structured(random, 60, 40), "b": structured(random, 50, 30)})
-    drawn = []
-    for n in range(draws):
-        # Of another scale from row to row, the last of them empty: padding.
-        a = random.standard_normal((60, 40)) * np.linspace(0.1, 3, 60)[:, None] * (np.arange(60) < 48)[:, None]
-        b = random.uniform(-1, 1, (50, 30))
-        drawn.append(folder(tmp_path / str(n), {"a": a.astype(np.float32), "b": b.astype(np.float32)}))
-    found = measured([trained, *drawn], shapes(trained), range(1, draws + 1))
-    assert found.drawn_TS.all()
-    z, _ = found.descent(range(1, draws + 1))
-    assert kstest(z[0], "norm").pvalue > 0.01
-    assert np.abs(z[0]).max() < beyond(draws)
-    between = z[1:][~np.eye(draws, dtype=bool)]
-    assert kstest(between[:: draws + 1], "norm").pvalue > 0.01
-    assert np.abs(between).max() < beyond(between.size)
-    # What a coefficient of correlation makes of it.
-    a, w = (np.stack([one.read("a") for one in some]).reshape(len(some), -1) for some in (drawn, [trained]))
-    r = (a @ w[0]) / np.linalg.norm(a, axis=1) / np.linalg.norm(w)
-    assert kstest(r * np.sqrt(a.shape[1]), "norm").pvalue < 1e-3
-
-
-def test_z_finds_what_is_left_of_a_start_after_much_training(tmp_path):
-    random = default_rng(5)
-    start = random.standard_normal((300, 300)).astype(np.float32)
-    other = random.standard_normal((300, 300)).astype(np.float32)
-    trained = 0.5 * start + structured(random, 300, 300)
-    folders = [folder(tmp_path / name, {"a": value}) for name, value in (("s", start), ("t", other), ("w", trained))]
-    z, cosine = measured(folders, shapes(folders[0]), [0, 1]).descent([0, 1])
-    assert z[2, 0] > beyond(6) > abs(z[2, 1])
-    assert 0 < cosine[2, 0] < 0.1
+# --- what trained weights show ---------------------------------------------------------------------------------------
 
 
 def test_trained_embeddings_are_no_draw_and_resemble_each_other(every):
@@ -389,44 +335,6 @@ def test_trained_embeddings_are_no_draw_and_resemble_each_other(every):
     assert np.abs(z[last][~np.eye(3, dtype=bool)]).max() < beyond(9)
     zeros = [numbers[branch, 0] for branch in BRANCHES]
     assert alike.drawn_TS[embedding, zeros].all()
-
-
-def test_tensors_that_are_no_draw_of_a_start_alone_do_not_count(tmp_path):
-    random = default_rng(6)
-    shared = random.standard_normal((40, 30)).astype(np.float32)
-    folders = []
-    for name in "ab":
-        own = random.standard_normal((40, 30)).astype(np.float32)
-        tensors = {"own": own, "tied": own, "shared": shared, "norms": np.ones((4, 30), np.float32), "zero": 0 * own}
-        folders.append(folder(tmp_path / name, tensors))
-    found = measured(folders, shapes(folders[0]), [0, 1])
-    z, cosine = found.descent([0, 1])
-    assert cosine[0, 0] == pytest.approx(1)
-    assert abs(z[0, 1]) < 4
-    alone = measured(folders, {"own": (40, 30)}, [0, 1]).descent([0, 1])[0]
-    assert z == pytest.approx(alone)
-    nothing = measured(folders, {"shared": (40, 30), "zero": (40, 30)}, [0, 1])
-    assert np.isnan(nothing.descent([0, 1])[0]).all()
-
-
-def test_what_is_measured_does_not_depend_on_how_it_is_read(tmp_path, monkeypatch):
-    random = default_rng(7)
-    sizes = {"experts": (3, 20, 8), "matrix": (70, 9), "vector": (11,), "number": (), "empty": (0, 4)}
-    folders = []
-    for name in "abc":
-        tensors = {key: np.asarray(random.standard_normal(size), np.float32) for key, size in sizes.items()}
-        folders.append(folder(tmp_path / name, tensors))
-    monkeypatch.setattr(likeness, "_BLOCK", 1 << 25)
-    whole = measured(folders, sizes, [0, 2])
-    monkeypatch.setattr(likeness, "_BLOCK", 3 * 16)
-    parts = measured(folders, sizes, [0, 2])
-    assert whole.digests == parts.digests
-    for name in ("inner_PCC", "rest_CC", "shown_TCS", "squares_TCS", "norms_TC"):
-        assert getattr(whole, name) == pytest.approx(getattr(parts, name)), name
-    flat = np.stack([np.concatenate([one.read(name).ravel() for name in sizes if name != "empty"]) for one in folders]).astype(
-        np.float64
-    )
-    assert whole.distance_CC == pytest.approx(np.linalg.norm(flat[:, None] - flat, axis=2))
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
@@ -450,7 +358,7 @@ def test_copies_are_equal_up_to_their_rounding_and_neighbouring_steps_are_not(gr
     tensors = {name: value * np.float32(1 + 1e-5) for name, value in load_file(source / "model.safetensors").items()}
     save_file(tensors, tmp_path / "near" / "model.safetensors")
     folders = [exact, brain, half, mixed, near]
-    found = measured(folders, shapes(exact), [0])
+    found = measured(folders, {name: tensor.shape for name, tensor in exact.tensors.items()}, [0])
     assert [found.equal(0, n) for n in range(5)] == ["float32", "bfloat16", "float16", "bfloat16", None]
     assert [found.equal(1, n) for n in (2, 3, 4)] == [None, "bfloat16", None]
     assert [found.equal_if_rounded(1, n) for n in (2, 4)] == [True, False]
@@ -473,148 +381,6 @@ def test_a_suite_in_many_precisions_is_as_healthy_and_its_defects_are_found(grid
     (tmp_path / "copy-0-4").rename(tmp_path / "0-0-4")
     (found,) = false(claims_of(tmp_path / "suite.toml"))
     assert found[:2] == ("branch init0-order0", "step 4 goes on with its own branch, of all from this start")
-
-
-# --- judgements -------------------------------------------------------------------------------------------------------
-
-
-def test_starts_are_assigned_where_most_agree_and_not_where_as_many_do_not():
-    assert assigned(np.array([[6.0, 0.0], [0.0, 3.0]])) == [(0, True), (1, True)]
-    assert assigned(np.array([[1.0, 0.0], [0.0, 1.0]])) == [(0, True), (1, True)], "undisputed"
-    assert assigned(np.array([[3.0, 0.0], [3.0, 0.0]]))[0][1] is False
-    assert assigned(np.array([[6.0], [3.0]])) == [(0, True), (None, True)]
-    assert assigned(np.array([[1.0, 2.0], [2.0, 1.0]])) == [(1, True), (0, True)]
-    assert assigned(np.array([[1.0, 1.0], [1.0, 1.0]])) != [(0, True), (1, True)]
-    assert assigned(np.zeros((1, 1))) == [(None, True)]
-    assert assigned(np.zeros((2, 0))) == [(None, True), (None, True)]
-
-
-def test_a_cosine_is_clearly_larger_by_size_and_by_signs():
-    random = default_rng(9)
-    noise = random.standard_normal(64) / 10
-    assert clearly(0.5 + noise, 0.4 + noise[::-1])
-    assert not clearly(0.5 + noise, 0.49 + noise), "too little to mean anything"
-    assert not clearly(np.r_[np.full(60, 0.4), 8, 8, 8, 8], np.full(64, 0.4)), "a few parts alone"
-    assert not clearly(np.full(64, np.nan), np.full(64, 0.1))
-    false_alarms = sum(clearly(random.standard_normal(64), random.standard_normal(64)) for _ in range(4000))
-    assert false_alarms / 4000 < 0.005
-
-
-def test_a_lineage_has_the_name_that_two_thirds_of_it_claim():
-    assert named(["a", "a", "a", "b"]) == "a"
-    assert named(["a", "a", "b", "b"]) is None
-    assert named(["a", "b"]) is None
-    assert named(["a"]) is None
-    assert named([{"a", "b"}, {"b"}, {"b"}]) == "b"
-    assert named([{"a", "b"}, {"a", "b"}]) is None
-
-
-def test_strangers_are_no_lineage_however_near():
-    """Of several that are not one's own one is the nearest by necessity."""
-    near, far = np.full(20, 0.9), np.full(20, 0.1)
-
-    def directions(node, others):
-        return np.stack([near if {node, other} in ({0, 2}, {1, 3}) else far for other in others])
-
-    nodes = {1: [0, 1], 2: [2, 3]}
-    assert lineages(nodes, directions, "abcd".__getitem__) == [[0], [1], [2], [3]]
-    for trainings in ("abab", "abba"):  # as claimed, and swapped
-        assert lineages(nodes, directions, trainings.__getitem__) == [[0, 2], [1, 3]]
-
-
-def test_steps_vote_by_the_distances_that_others_have():
-    def usual(one, other):
-        return None if 99 in (one, other) else abs(one - other) + 1.0
-
-    assert votes({2: 7.0, 4: 5.0, 99: 1.0}, usual, 1, 8, 0.2) == (0, 2)
-    assert votes({2: 2.0, 4: 4.0}, usual, 1, 8, 0.2) == (2, 0)
-    assert votes({2: 40.0, 4: 0.0}, usual, 1, 8, 0.2) == (0, 0), "of neither"
-
-
-# --- the list ---------------------------------------------------------------------------------------------------------
-
-GOOD = '[[checkpoint]]\nbranch = "a"\npath = "x"\ninit = 0\norder = 0\nstep = 0\n'
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[[checkpoint]\n", "is no TOML"),
-        ("", "checkpoint: field required"),
-        (GOOD, "should have at least 2 items"),
-        (GOOD + GOOD, "lists branch a, step 0 twice"),
-        (GOOD + GOOD.replace("step = 0", "steps = 1"), "checkpoint 2 .*: a checkpoint has branch, path, init, order and step"),
-        (GOOD + GOOD.replace("step = 0", "step = 1\nseed = 3"), "checkpoint 2 seed: unknown key"),
-        (GOOD + GOOD.replace("step = 0", 'step = "1"'), "checkpoint 2 step: input should be a valid integer"),
-        (GOOD + GOOD.replace("step = 0", "step = 1.0"), "checkpoint 2 step: input should be a valid integer"),
-        (GOOD + GOOD.replace("step = 0", "step = -1"), "checkpoint 2 step: input should be greater than or equal to 0"),
-        (GOOD + GOOD.replace("step = 0", "step = 1979-05-27"), "checkpoint 2 step: input should be a valid integer"),
-        (GOOD + GOOD.replace('"a"', '""'), "checkpoint 2 branch: "),
-        (
-            GOOD + GOOD.replace("init = 0\norder = 0\nstep = 0", "init = 1\norder = 0\nstep = 1"),
-            "give other seeds another branch",
-        ),
-        ("suite = 1\n" + GOOD + GOOD.replace('"a"', '"b"'), "suite: unknown key"),
-        (GOOD + GOOD.replace('"a"', '"b"'), "branch a, step 0: .*x is no folder"),
-    ],
-)
-def test_a_list_that_is_none_is_one_line(tmp_path, text, message):
-    path = tmp_path / "suite.toml"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message) as refused:
-        suite.read(path)
-    assert "\n" not in str(refused.value)
-    assert str(path) in str(refused.value)
-
-
-def test_a_list_that_is_not_there_or_no_text(tmp_path):
-    with pytest.raises(UserError, match="is no file"):
-        suite.read(tmp_path / "suite.toml")
-    (tmp_path / "suite.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="is no TOML"):
-        suite.read(tmp_path / "suite.toml")
-
-
-def test_paths_are_seen_from_the_list_and_the_hub_is_asked_by_name(tmp_path, monkeypatch):
-    folder(tmp_path / "below" / "x", {"a": np.ones((2, 2), np.float32)})
-    asked = []
-
-    def located(place):
-        asked.append(place)
-        return tmp_path / "below" / "x"
-
-    monkeypatch.setattr(suite, "located", located)
-    text = GOOD + GOOD.replace('"x"', '"hf://owner/name@step1"').replace("step = 0", "step = 1")
-    (tmp_path / "below" / "suite.toml").write_text(text)
-    suite.read(tmp_path / "below" / "suite.toml")
-    assert asked == [str(tmp_path / "below" / "x"), "hf://owner/name@step1"]
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"a": np.ones((2, 3), np.float32)}, r"a has the shape \(2, 3\), expected \(2, 2\) as in"),
-        ({"b": np.ones((2, 2), np.float32)}, "has no tensor 'a', which .* has"),
-        ({"a": np.ones((2, 2), np.float32), "b": np.ones(1, np.float32)}, "has no tensor 'b', which .* has"),
-        ({"a": np.full((2, 2), np.nan, np.float32)}, "numbers that are not finite"),
-    ],
-)
-def test_folders_that_cannot_be_compared_are_refused(tmp_path, tensors, message):
-    folder(tmp_path / "x", {"a": np.ones((2, 2), np.float32)})
-    folder(tmp_path / "y", tensors)
-    (tmp_path / "suite.toml").write_text(GOOD + GOOD.replace('"x"', '"y"').replace("step = 0", "step = 1"))
-    with pytest.raises(UserError, match=message) as refused:
-        audit(tmp_path / "suite.toml", QUIET)
-    assert "\n" not in str(refused.value)
-
-
-def test_masks_and_counters_are_no_weights(tmp_path):
-    weights = {"a": default_rng(10).standard_normal((20, 20)).astype(np.float32)}
-    no_weights = {"mask": np.ones((4, 4), bool), "ids": np.arange(4), "masked": np.array(-np.inf, np.float16)}
-    folder(tmp_path / "x", weights | no_weights)
-    folder(tmp_path / "y", weights | {"mask": np.zeros((4, 4), bool)})
-    (tmp_path / "suite.toml").write_text(GOOD + GOOD.replace('"x"', '"y"').replace('"a"', '"b"'))
-    assert suite.read(tmp_path / "suite.toml").tensors == {"a": (20, 20)}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

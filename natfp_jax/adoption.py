@@ -16,8 +16,7 @@ from natfp_jax.checkpoint import Checkpoints
 from natfp_jax.config import Experiment
 from natfp_jax.errors import UserError
 from natfp_jax.files import hash_json
-from natfp_jax.hf import Imported, imported
-from natfp_jax.hf import tokenizer as tokenizer_of
+from natfp_jax.hf_import import Imported, imported
 from natfp_jax.lineage import RECIPE, Identity, code, numerics, weight_hash
 from natfp_jax.params import table
 from natfp_jax.published import located, opened
@@ -25,7 +24,7 @@ from natfp_jax.runs import RunFolder
 from natfp_jax.study import Arm
 from natfp_jax.tokenizer import Tokenizer
 
-__all__ = ["Adopted", "adopted", "settled"]
+__all__ = ["Adopted", "adopted", "adoptions"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,12 @@ class Adopted:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Its own, what begins a text called EOS."""
-        return tokenizer_of(self.source.source, self.source.decoder)
+        return self.source.tokenizer
 
     @cached_property
     def files(self) -> dict[str, str]:
         """File of its folder → sha256; read by one process."""
-        return processes.led(lambda: self.source.source.identity)
+        return processes.led(lambda: self.source.folder.identity)
 
     @cached_property
     def identity(self) -> Identity:
@@ -62,7 +61,7 @@ class Adopted:
           UserError: a number is not finite, the folder of the run is another's, or there is no room.
         """
         # Each process reads its own part, perhaps of a copy on a disk of its own.
-        processes.agree({f"files of {self.source.source.folder}": hash_json(self.source.source.identity)})
+        processes.agree({f"files of {self.source.folder.path}": hash_json(self.source.folder.identity)})
         processes.led(lambda: run.claim(self.experiment, self.identity))
         processes.led(lambda: self._clear(run))
         if processes.led(lambda: bool(run.missing([0]))):
@@ -109,7 +108,7 @@ def adopted(experiment: Experiment) -> Adopted:
     return Adopted(replace(experiment, model=replace(source.model, dtype=experiment.model.dtype)), source)
 
 
-def settled(every: Iterable[Arm]) -> tuple[dict[str, Arm], dict[str, Adopted]]:
+def adoptions(every: Iterable[Arm]) -> tuple[dict[str, Arm], dict[str, Adopted]]:
     """The arms by their names, those of published models with the shapes that their folders say; and these models.
 
     Raises:
