@@ -64,16 +64,17 @@ def log_likelihoods(
     Their sum is the text's: a drawn EOS counts, a truncation adds nothing.
 
     Args:
-      prompts, continuations: ragged ids; every prompt has at least one id.
+      prompts, continuations: ragged ids; every prompt has at least one id, and both together have positions.
       batch: texts that are scored together.
     """
-    width, new = max(map(len, prompts)), max(map(len, continuations))
+    width, new = max(map(len, prompts)), max(1, *map(len, continuations))  # texts may all be empty
+    slots = min(width + new, model.context or width + new)  # where positions are learned there are no others
     rows = mesh.text_sharding(devices)
     out = np.empty((len(prompts), new), np.float32)
     for first in range(0, len(prompts), batch):
         some = range(first, min(first + batch, len(prompts)))
         filled = [*some, *([some[0]] * (batch - len(some)))]  # one shape, one compilation
-        tokens_BT, _ = pad_prompts([[*prompts[i], *continuations[i]] for i in filled], 0, width + new)
+        tokens_BT, _ = pad_prompts([[*prompts[i], *continuations[i]] for i in filled], 0, slots)
         ids_BN, length_B = pad_prompts([continuations[i] for i in filled], 0, new)
         prompt_B = np.array([len(prompts[i]) for i in filled], np.int32)
         arrays = mesh.lay((tokens_BT, prompt_B, ids_BN, length_B), rows)

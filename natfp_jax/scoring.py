@@ -23,6 +23,7 @@ from natfp_jax.workspace import Workspace
 
 __all__ = ["likelihoods"]
 
+Ids = tuple[list[list[int]], list[list[int]]]  # ids of prompts, and of the texts behind them
 _ROWS = 128  # texts of a forward pass, about
 
 
@@ -70,11 +71,15 @@ def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) ->
             known[one, model] = summed(recorded(one))  # what it would find again, bit for bit
         else:
             unknown.setdefault(model, []).append(one)
+    anew = _all_anew(work, {one: rows.take(test) for one, rows in drawn.items()}) if work.reencoded else None
     with work.progress.task("likelihood ceiling", sum(map(len, unknown.values())) * len(test), "texts") as advance:
         for model, some in unknown.items():
             arm, step = checkpoints[model]
-            ids = {one: drawn[one].take(test) if work.reencoded else drawn[one]["ids"].take(test) for one in some}
-            for one, log_p_NW in zip(some, _under(work, arm, step, ids, test, advance), strict=True):
+            if anew is None:
+                found = _under(work, arm, step, {one: drawn[one]["ids"].take(test) for one in some}, test, advance)
+            else:
+                found = _by_forward_pass(work, arm, step, {one: anew[one, arm] for one in some}, advance)
+            for one, log_p_NW in zip(some, found, strict=True):
                 if np.isneginf(log_p_NW).any():
                     cut[one, model] = log_p_NW
                 else:
@@ -85,11 +90,6 @@ def likelihoods(work: Workspace, drawn: Mapping[Draw, Any], test: np.ndarray) ->
         own_NW = cut.get((one, models[one.arm, one.step]))
         lost_NW = np.isneginf(log_p_NW) & np.isneginf(own_NW) if own_NW is not None else np.zeros_like(log_p_NW, bool)
         known[one, model] = summed(np.where(lost_NW, recorded(one)[:, : log_p_NW.shape[1]], log_p_NW))
-    for one in drawn:  # nothing is concluded from a text that some arm cannot have
-        own = [known[pair] for pair in known if pair[0] == one]
-        beyond_N = np.any([np.isnan(found).any(1) for found in own], axis=0) if own else np.zeros(0, bool)
-        for found in own:
-            found[beyond_N] = 0.0
     return {(one, *pair): known[one, models[pair]] for pair, compared in pairs.items() for one in compared}
 
 
@@ -98,7 +98,27 @@ def _writing(work: Workspace, arm: str) -> tuple[str, int]:
     return work.tokenizer_of(arm).sha256, work.end_of(arm)
 
 
-def _anew(work: Workspace, one: Draw, arm: str, rows: Any) -> tuple[list[list[int]], list[list[int]]]:
+def _all_anew(work: Workspace, drawn: Mapping[Draw, Any]) -> dict[tuple[Draw, str], Ids]:
+    """(draw, arm) → prompts and texts as the arm's tokenizer writes them; a text that any arm has no positions for is empty.
+
+    So nothing is concluded from it: all arms find it equally likely.
+    """
+    found = dict[tuple[Draw, str], Ids]()
+    for one, rows in drawn.items():
+        written = {_writing(work, arm): arm for arm in work.arms}  # an arm of each
+        known = {writing: _anew(work, one, arm, rows) for writing, arm in written.items()}
+        fits_N = np.ones(len(rows), bool)
+        for arm in work.arms:
+            if (most := work.limit_of(arm)) is not None:
+                fits_N &= [len(a) + len(b) <= most for a, b in zip(*known[_writing(work, arm)], strict=True)]
+        for arm in work.arms:
+            prompts, continuations = known[_writing(work, arm)]
+            kept = [(a, b) if fits else (a[:1], []) for a, b, fits in zip(prompts, continuations, fits_N, strict=True)]
+            found[one, arm] = [a for a, _ in kept], [b for _, b in kept]
+    return found
+
+
+def _anew(work: Workspace, one: Draw, arm: str, rows: Any) -> Ids:
     """Prompts and texts of a draw as an arm's tokenizer writes them, and its own end where a text had come to one.
 
     That is one way to write a text, the usual one, of many: less than the text's whole probability. The arm that has drawn it
@@ -130,23 +150,28 @@ def _under(
     work: Workspace, arm: str, step: int, ids: Mapping[Draw, Any], test: np.ndarray, advance: Callable[[int], None]
 ) -> Iterator[np.ndarray]:
     """log p of each id of draws' test texts under an arm's checkpoint, draw by draw: [N, W]."""
-    experiment, sampling, tokenizer = work.arms[arm].experiment, work.study.sampling, work.tokenizer_of(arm)
+    sampling, tokenizer = work.study.sampling, work.tokenizer_of(arm)
     prompts = Prompts(work.prompts.table.take(test))
     if _by_sampler(work, arm):
         dense = {one: texts.dense(column, sampling.lengths[-1], work.end_of(arm)) for one, column in ids.items()}
         yield from scored(work, dense, prompts, arm, step, lambda ended, _: advance(ended))
         return
-    params = work.params_of(arm, step)
-    encoded, ways = prompts.encoded(tokenizer), mesh.text_ways(work.devices)
+    encoded = prompts.encoded(tokenizer)
+    yield from _by_forward_pass(work, arm, step, {one: (encoded, column.to_pylist()) for one, column in ids.items()}, advance)
+
+
+def _by_forward_pass(
+    work: Workspace, arm: str, step: int, written: Mapping[Draw, Ids], advance: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    """log p of each id of draws' texts by a forward pass of an arm's checkpoint, draw by draw: [N, W].
+
+    Args:
+      written: of each draw the ids of prompts and texts, as the arm has them.
+    """
+    sampling, model, size = work.study.sampling, work.arms[arm].experiment.model, work.tokenizer_of(arm).size
+    params, ways = work.params_of(arm, step), mesh.text_ways(work.devices)
     batch = max(_ROWS // ways, 1) * ways
-    for one, column in ids.items():
+    for one, (prompts, continuations) in written.items():
         strategy = strategy_of(sampling, one.drawn_at(sampling))
-        begun, drawn = _anew(work, one, arm, column) if work.reencoded else (encoded, column.to_pylist())
-        most = work.limit_of(arm)
-        fits = [most is None or len(a) + len(b) <= most for a, b in zip(begun, drawn, strict=True)]
-        # What an arm has no positions for says nothing: all arms count such a text as equally likely, below.
-        drawn = [ids if fit else [] for ids, fit in zip(drawn, fits, strict=True)]
-        found_NW = log_likelihoods(params, begun, drawn, experiment.model, strategy, tokenizer.size, batch, work.devices)
-        found_NW[~np.array(fits)] = np.nan
-        yield found_NW
-        advance(len(drawn))
+        yield log_likelihoods(params, prompts, continuations, model, strategy, size, batch, work.devices)
+        advance(len(continuations))

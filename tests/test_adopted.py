@@ -216,6 +216,22 @@ def test_one_model_by_two_tokenizers_is_not_told_from_itself(folders, one_device
         worked(tmp_path / "other", study({**folders, "again": folders["one"]}, "one", "again"), one_device, "corpus")
 
 
+def test_a_text_that_an_arm_has_no_positions_for_says_nothing(folders, one_device, tmp_path):
+    """Bytes of one tokenizer are three ids of the other's: some texts are too long for it, encoded anew."""
+    tight = folder(tmp_path / "tight", {**CONFIGS["gpt2"], "n_positions": 64}, pieces(), 6, begin=1, end=2)
+    given = study({**folders, "tight": tight}, "one", "tight")
+    given = replace(given, sampling=replace(given.sampling, new_tokens=18))
+    work = worked(tmp_path / "out", given, one_device)
+    tokenizer = work.tokenizer_of("tight")
+    (path,) = work.folder.glob("draws/one.step0.draw0*.parquet")
+    lengths = [1 + len(tokenizer.encode(row["prompt"] + row["text"])) for row in texts.read(path).to_pylist()]
+    assert any(length > 64 for length in lengths)
+    assert any(length <= 64 for length in lengths)
+    summary = json.loads((work.folder / "report" / "summary.json").read_text())
+    (row,) = [row for row in summary["comparisons"] if row["factor"] == "published"]
+    assert 0.5 < row["ceiling"] < 1
+
+
 def test_a_tokenizer_is_the_same_whatever_version_has_written_its_file(tmp_path):
     there = folder(tmp_path, CONFIGS["neox"], byte_level("a fox"), 0)
     found = imported(opened(there))
